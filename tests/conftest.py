@@ -1,0 +1,34 @@
+"""The suite's process: the interpreter is on and made faithful before anything imports Triton, and numpy runs one thread."""
+
+import os
+
+# The interpreter works on many small numpy arrays; threads only cost. Must be set before numpy and torch load.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import torch
+
+# On a GPU the same tests run the compiled kernels; without one, the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import interpreter
+import pytest
+from helpers import poisoned
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _poison_and_seed():
+    """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows."""
+    torch.manual_seed(0)
+    with poisoned():
+        yield
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """The process of a user without a GPU: operators on a CPU run their reference."""
+    monkeypatch.setattr("vitkernels._env.INTERPRETING", False)

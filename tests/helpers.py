@@ -1,0 +1,82 @@
+"""What tests share: the error budget, hostile inputs, poisoned memory."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """``torch.empty`` returns NaN (largest value for integers) inside, PyTorch's own debug mode for uninitialised memory."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _errors(value: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """Relative L2 and absolute maximum."""
+    difference = value.double() - oracle
+    return (difference.norm() / oracle.norm().clamp_min(1e-300)).item(), difference.abs().max().item()
+
+
+def assert_within_budget(name: str, kernel: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    """DESIGN's budget: error(kernel) <= 2 * error(eager PyTorch, same dtype) + one rounding step, in relative L2 and max-abs.
+
+    One rounding step of the output dtype is eps, relative to the tensor's norm and to its largest element.
+    """
+    assert kernel.dtype == eager.dtype, f"{name}: dtype {kernel.dtype}, eager has {eager.dtype}"
+    assert kernel.shape == eager.shape, f"{name}: shape {tuple(kernel.shape)}, eager has {tuple(eager.shape)}"
+    if oracle.numel() == 0:
+        return
+    assert torch.isfinite(oracle).all(), f"{name}: the oracle is not finite, list this case instead of testing it"
+    assert torch.isfinite(eager).all(), f"{name}: eager is not finite, list this case instead of testing it"
+    assert torch.isfinite(kernel).all(), f"{name}: {int((~torch.isfinite(kernel)).sum())} elements are not finite"
+    step = torch.finfo(kernel.dtype).eps
+    (l2, largest), (eager_l2, eager_largest) = _errors(kernel, oracle), _errors(eager, oracle)
+    allowed_l2, allowed_largest = 2 * eager_l2 + step, 2 * eager_largest + step * oracle.abs().max().item()
+    assert l2 <= allowed_l2, f"{name}: relative L2 error {l2:.3e} > {allowed_l2:.3e} (eager has {eager_l2:.3e})"
+    assert largest <= allowed_largest, f"{name}: error {largest:.3e} > {allowed_largest:.3e} (eager has {eager_largest:.3e})"
+
+
+def outputs_and_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Run ``function`` on fresh leaves of ``inputs``; its outputs and the gradient of each float input, by name."""
+    leaves = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    results |= {f"gradient of input {i}": t.grad for i, t in enumerate(leaves) if t is not None and t.requires_grad}
+    return results
+
+
+def assert_matches_reference(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor],
+) -> None:
+    """Outputs and gradients of ``kernel`` are within budget of the float64 ``reference``, judged beside eager ``reference``."""
+    got = outputs_and_gradients(kernel, inputs, cotangents)
+    eager = outputs_and_gradients(reference, inputs, cotangents)
+    oracle = outputs_and_gradients(reference, [None if t is None else t.double() for t in inputs], cotangents)
+    assert got.keys() == eager.keys()
+    for name in got:
+        assert_within_budget(name, got[name], eager[name], oracle[name])
+
+
+def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """LayerNorm inputs that bite: every row has a mean of 5 sigma, and eight channels are 50x outliers."""
+    x = torch.randn(shape, device=DEVICE) + 5.0
+    x[..., :: max(shape[-1] // 8, 2)] *= 50.0
+    return x.to(dtype)

@@ -1,0 +1,298 @@
+"""layer_norm and add_layer_norm: the kernels against the float64 reference, the operators' contract, their autograd."""
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, assert_matches_reference, hostile_rows, outputs_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import vitkernels as vk
+from vitkernels.ops.layer_norm import MAX_D, why_not
+
+WIDTHS = (1, 7, 192, 384, 768, 1000, 1280, 8192)
+fused = vk.backend("fused")
+
+
+def parameters(width, dtype=torch.float32):
+    return [(1 + 0.5 * torch.randn(width, device=DEVICE)).to(dtype), torch.randn(width, device=DEVICE).to(dtype)]
+
+
+def kernel_layer_norm(x, weight, bias):
+    with vk.backend("fused"):
+        return vk.ops.layer_norm(x, weight, bias)
+
+
+def kernel_add_layer_norm(x, residual, weight, bias, layer_scale):
+    with vk.backend("fused"):
+        return vk.ops.add_layer_norm(x, residual, weight, bias, layer_scale=layer_scale)
+
+
+def reference_add_layer_norm(x, residual, weight, bias, layer_scale):
+    return vk.reference.add_layer_norm(x, residual, weight, bias, layer_scale=layer_scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_is_within_budget_on_a_gpu_at_full_size(width, dtype):
+    check_layer_norm((8, 1370), width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_is_within_budget(width, dtype):
+    check_layer_norm((2, 19), width, dtype)
+
+
+def check_layer_norm(leading, width, dtype):
+    x = hostile_rows(*leading, width, dtype=dtype)
+    dy = torch.randn(*leading, width, device=DEVICE)
+    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, [x, *parameters(width, dtype)], [dy])
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "layer_scale"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_layer_norm_is_within_budget(width, dtype, scaled):
+    x, residual = torch.randn(2, 9, width, device=DEVICE).to(dtype), hostile_rows(2, 9, width, dtype=dtype)
+    layer_scale = (0.3 * torch.randn(width, device=DEVICE)).to(dtype) if scaled else None
+    cotangents = [torch.randn(2, 9, width, device=DEVICE) for _ in range(2)]
+    assert_matches_reference(
+        kernel_add_layer_norm,
+        reference_add_layer_norm,
+        [x, residual, *parameters(width, dtype), layer_scale],
+        cotangents,
+    )
+
+
+@pytest.mark.parametrize("which", ["neither", "weight only", "bias only"])
+def test_weight_and_bias_are_optional(which):
+    weight, bias = parameters(192)
+    weight, bias = weight if which == "weight only" else None, bias if which == "bias only" else None
+    assert_matches_reference(
+        kernel_layer_norm, vk.reference.layer_norm, [hostile_rows(5, 192), weight, bias], [torch.randn(5, 192)]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_input_takes_float32_parameters(dtype):
+    inputs = [hostile_rows(5, 192, dtype=dtype), *parameters(192, torch.float32)]
+    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(5, 192)])
+
+
+def test_float32_residual_takes_a_bfloat16_branch_and_keeps_the_stream_in_float32():
+    """The dtypes of a block under autocast: the stream is float32, the branch bfloat16."""
+    x, residual = torch.randn(4, 3, 192).bfloat16(), hostile_rows(4, 3, 192)
+    inputs = [x, residual, *parameters(192), torch.randn(192)]
+    cotangents = [torch.randn(4, 3, 192) for _ in range(2)]
+    assert_matches_reference(kernel_add_layer_norm, reference_add_layer_norm, inputs, cotangents)
+    inputs[4] = None
+    assert_matches_reference(kernel_add_layer_norm, reference_add_layer_norm, inputs, cotangents)
+
+
+NON_CONTIGUOUS = {
+    "tokens without the prefix": lambda: hostile_rows(3, 11, 192)[:, 1:],
+    "every second row": lambda: hostile_rows(8, 192)[::2],
+    "heads of a packed qkv": lambda: hostile_rows(2, 5, 3, 4, 48).unbind(2)[1],
+    "three levels": lambda: hostile_rows(3, 4, 5, 48)[:, 1:, 1:],
+    "channel-major": lambda: hostile_rows(2, 192, 9).transpose(1, 2),
+    "expanded": lambda: hostile_rows(1, 5, 192).expand(3, 5, 192),
+    "expanded over the inner level": lambda: hostile_rows(3, 1, 192).expand(3, 5, 192),
+    "one row": lambda: hostile_rows(192),
+    "odd stride": lambda: hostile_rows(4, 193)[:, :192],
+}
+
+
+@pytest.mark.parametrize("make", NON_CONTIGUOUS.values(), ids=NON_CONTIGUOUS)
+def test_any_strides_give_the_bits_of_the_contiguous_input(make):
+    x = make()
+    weight, bias = parameters(x.shape[-1])
+    layer_scale, dy, dstream = torch.randn(x.shape[-1]), torch.randn(x.shape), torch.randn(x.shape)
+    for inputs, call, cotangents in (
+        ([weight, bias], lambda x, w, b: kernel_layer_norm(x, w, b), [dy]),
+        ([weight, bias, layer_scale], lambda x, w, b, g: kernel_add_layer_norm(x, x, w, b, g), [dy, dstream]),
+    ):
+        strided = outputs_and_gradients(call, [x, *inputs], cotangents)
+        dense = outputs_and_gradients(call, [x.contiguous(), *inputs], cotangents)
+        for name, value in dense.items():
+            assert torch.equal(strided[name], value), name
+
+
+@pytest.mark.parametrize("shape", [(0, 192), (3, 0, 192), (1, 192), (1, 1, 1)])
+def test_empty_and_single_rows(shape):
+    inputs = [hostile_rows(*shape), *parameters(shape[-1])]
+    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(shape)])
+
+
+def test_results_are_bitwise_reproducible():
+    inputs, dy = [hostile_rows(50, 768), *parameters(768)], torch.randn(50, 768)
+    first = outputs_and_gradients(kernel_layer_norm, inputs, [dy])
+    again = outputs_and_gradients(kernel_layer_norm, inputs, [dy])
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    eps=st.sampled_from([1e-6, 1e-5, 1e-2]),
+)
+def test_layer_norm_is_within_budget_at_random_shapes(rows, width, dtype, eps):
+    inputs = [hostile_rows(rows, width, dtype=dtype), *parameters(width, dtype)]
+
+    def kernel(*args):
+        with fused:
+            return vk.ops.layer_norm(*args, eps=eps)
+
+    assert_matches_reference(kernel, lambda *a: vk.reference.layer_norm(*a, eps=eps), inputs, [torch.randn(rows, width)])
+
+
+# The operators' contract.
+
+
+def opcheck_arguments():
+    x, weight, bias = hostile_rows(4, 48), *parameters(48)
+    mean, rstd = torch.randn(4), torch.rand(4)
+    dy, dstream, layer_scale = torch.randn(4, 48), torch.randn(4, 48), torch.randn(48)
+    f32 = torch.float32
+    return {
+        "layer_norm_fwd": [(x, weight, bias, 1e-6, f32), (x[1:].bfloat16(), None, None, 1e-6, f32)],
+        "layer_norm_bwd": [
+            (dy, x, weight, bias, mean, rstd, True, True),
+            (dy, x, None, None, mean, rstd, False, False),
+        ],
+        "add_layer_norm_fwd": [
+            (x, x + 1, weight, bias, layer_scale, 1e-6, f32, f32),
+            (x.bfloat16(), x.bfloat16(), None, None, None, 1e-6, torch.bfloat16, f32),
+        ],
+        "add_layer_norm_bwd": [
+            (dy, dstream, x, x + 1, weight, bias, layer_scale, mean, rstd, f32, f32, True, True),
+            (dy, dstream, x, None, weight, None, None, mean, rstd, torch.bfloat16, f32, True, False),
+            (dy, dstream, x, None, None, None, None, mean, rstd, f32, f32, False, False),
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", opcheck_arguments())
+def test_operators_pass_opcheck_interpreted(name):
+    for args in opcheck_arguments()[name]:
+        opcheck(getattr(torch.ops.vitkernels, name), args)
+
+
+@pytest.mark.parametrize("name", opcheck_arguments())
+def test_operators_pass_opcheck_on_a_cpu_without_the_interpreter(name, no_interpreter):
+    for args in opcheck_arguments()[name]:
+        opcheck(getattr(torch.ops.vitkernels, name), args)
+
+
+def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
+    """The kernels have no float64; the operators' reference does, and takes the same road through autograd."""
+    from vitkernels.ops.layer_norm import _AddLayerNorm, _LayerNorm
+
+    f64 = {"dtype": torch.float64, "requires_grad": True}
+    x, residual = torch.randn(3, 5, **f64), torch.randn(3, 5, **f64)
+    weight, bias, layer_scale = (torch.randn(5, **f64) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda *a: _LayerNorm.apply(*a, 1e-6, torch.float64), (x, weight, bias))
+    for gamma in (layer_scale, None):
+        assert torch.autograd.gradcheck(
+            lambda *a: _AddLayerNorm.apply(*a, 1e-6, torch.float64, torch.float64), (x, residual, weight, bias, gamma)
+        )
+
+
+def test_frozen_parameters_get_no_gradient_and_the_input_still_does():
+    x, (weight, bias) = hostile_rows(5, 48).requires_grad_(), parameters(48)
+    kernel_layer_norm(x, weight, bias.requires_grad_()).sum().backward()
+    assert x.grad is not None and weight.grad is None and bias.grad is not None
+
+
+def test_double_backward_raises():
+    x = hostile_rows(5, 48).requires_grad_()
+    (grad,) = torch.autograd.grad(kernel_layer_norm(x, None, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_a_kernel_runs_under_compile_fullgraph_with_dynamic_shapes():
+    def function(x, residual, weight, bias):
+        y, stream = vk.ops.add_layer_norm(x, residual, weight, bias)
+        return vk.ops.layer_norm(y, weight, bias) + stream
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with fused:
+        for rows in (3, 5):
+            inputs = [torch.randn(rows, 48), torch.randn(rows, 48), *parameters(48)]
+            want = outputs_and_gradients(function, inputs, [torch.ones(rows, 48)])
+            got = outputs_and_gradients(compiled, inputs, [torch.ones(rows, 48)])
+            assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+# Choice of backend.
+
+
+def test_auto_on_a_cpu_is_bitwise_eager_pytorch():
+    x, (weight, bias) = hostile_rows(5, 192), parameters(192)
+    assert torch.equal(
+        vk.ops.layer_norm(x, weight, bias), torch.nn.functional.layer_norm(x, (192,), weight, bias, eps=1e-6)
+    )
+
+
+def test_reference_backend_is_bitwise_eager_pytorch_even_where_the_kernel_could_run():
+    x, (weight, bias) = hostile_rows(5, 192), parameters(192)
+    with vk.backend("reference"):
+        y = vk.ops.layer_norm(x, weight, bias)
+    assert torch.equal(y, torch.nn.functional.layer_norm(x, (192,), weight, bias, eps=1e-6))
+    assert not torch.equal(y, kernel_layer_norm(x, weight, bias)), "the two must differ for this test to mean anything"
+
+
+def test_fused_on_a_cpu_without_the_interpreter_raises_with_the_reason(no_interpreter):
+    with fused, pytest.raises(RuntimeError, match="layer_norm cannot run its kernel: kernels run on CUDA tensors, got cpu"):
+        vk.ops.layer_norm(torch.randn(2, 8))
+
+
+def test_reasons_name_what_is_unsupported():
+    assert why_not(torch.randn(2, 8)) == []
+    assert "float64" in " ".join(why_not(torch.randn(2, 8).double()))
+    assert f"1 to {MAX_D} channels, got 8193" in " ".join(why_not(torch.randn(2, 8193)))
+    assert "different devices" in " ".join(why_not(torch.randn(2, 8), torch.randn(8, device="meta")))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_torch_func_transforms_take_the_reference(transform):
+    x = torch.randn(3, 8)
+    call = {
+        "grad": lambda: torch.func.grad(lambda x: vk.ops.layer_norm(x).square().sum())(x),
+        "vmap": lambda: torch.func.vmap(vk.ops.layer_norm)(x),
+        "jvp": lambda: torch.func.jvp(vk.ops.layer_norm, (x,), (x,)),
+    }[transform]
+    call()
+    with fused, pytest.raises(RuntimeError, match="torch.func"):
+        call()
+
+
+# Wrong input.
+
+X, W = torch.zeros(2, 8), torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: vk.ops.layer_norm([1.0]), TypeError, "x must be a Tensor, got list"),
+        (lambda: vk.ops.layer_norm(X.int()), TypeError, "x must be of dtype .*got int32"),
+        (lambda: vk.ops.layer_norm(torch.tensor(1.0)), ValueError, "x must have at least one dimension"),
+        (lambda: vk.ops.layer_norm(X, W[:7]), ValueError, r"weight must have shape \(8\), got \(7,\)"),
+        (lambda: vk.ops.layer_norm(X, W, W[None]), ValueError, r"bias must have shape \(8\), got \(1, 8\)"),
+        (lambda: vk.ops.layer_norm(X, W.bfloat16()), TypeError, "weight must be of dtype float32, got bfloat16"),
+        (lambda: vk.ops.layer_norm(X.half(), W.bfloat16()), TypeError, "weight must be of dtype float16, float32"),
+        (lambda: vk.ops.layer_norm(X.half(), W.half(), W), TypeError, "weight and bias must have one dtype"),
+        (lambda: vk.ops.add_layer_norm(X, X[:1]), ValueError, r"residual must have shape \(2, 8\), got \(1, 8\)"),
+        (lambda: vk.ops.add_layer_norm(X, None), TypeError, "residual must be a Tensor"),
+        (lambda: vk.ops.add_layer_norm(X, X, layer_scale=W[:4]), ValueError, r"layer_scale must have shape \(8\)"),
+        (lambda: vk.backend("fast"), ValueError, "backend must be one of auto, fused, reference, got 'fast'"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

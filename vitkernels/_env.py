@@ -1,0 +1,32 @@
+"""The one place for environment variables and for asking what is installed.
+
+``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)`` block.
+``TRITON_INTERPRET``    Triton's own switch: ``1`` before Triton is imported runs the kernels in its CPU interpreter.
+``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
+"""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+BACKENDS = ("auto", "fused", "reference")
+
+# Plain module constants, not cached functions: Dynamo guards on these and traces through.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def default_backend() -> str:
+    """The policy named by ``VITKERNELS_BACKEND``; raises ``ValueError`` on an unknown name."""
+    name = os.environ.get("VITKERNELS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"VITKERNELS_BACKEND is {name!r}; accepted: {', '.join(BACKENDS)}")
+    return name
+
+
+def extension() -> ModuleType | None:
+    """The compiled extension ``vitkernels._C``, or ``None`` when the package was installed without a compiler."""
+    if importlib.util.find_spec("vitkernels._C") is None:
+        return None
+    return importlib.import_module("vitkernels._C")

@@ -1,0 +1,149 @@
+"""Backend policy: which implementation a public function runs, and why not the kernel.
+
+``auto``       the kernel on a GPU that it supports, else the PyTorch reference (logged once per reason, shown by ``explain``)
+``fused``      the kernel, or ``RuntimeError`` with the reasons; on a CPU only under ``TRITON_INTERPRET=1``
+``reference``  always the PyTorch reference
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import _env
+
+_logger = logging.getLogger("vitkernels")
+
+# Module globals on purpose: Dynamo guards on them. A ContextVar breaks fullgraph on torch 2.11 and a thread-local would
+# be lost in autograd's threads (an autograd.Function keeps its choice by being the one that was picked).
+_backend = _env.default_backend()
+_target: str | None = None
+_reported: set[tuple[str, str]] = set()
+
+MIN_CAPABILITY = (8, 0)
+
+
+class backend:
+    """Context manager that sets the backend policy, process-wide.
+
+    Args:
+        name: ``"auto"``, ``"fused"`` or ``"reference"``. The environment variable ``VITKERNELS_BACKEND`` sets the policy outside.
+
+    Raises:
+        ValueError: unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in _env.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(_env.BACKENDS)}, got {name!r}")
+        self.name = name
+
+    def __enter__(self) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = self.name
+
+    def __exit__(self, *exc: object) -> None:
+        global _backend
+        _backend = self._previous
+
+
+@contextlib.contextmanager
+def targeting(arch: str) -> Iterator[None]:
+    """Pretend that every tensor lives on a GPU of architecture ``arch`` (``"sm_90"``): for tools on ``meta`` tensors."""
+    global _target
+    previous, _target = _target, arch
+    try:
+        yield
+    finally:
+        _target = previous
+
+
+def target(x: Tensor) -> str | None:
+    """The GPU architecture that ``x`` runs on, as ``"sm_90"``; ``None`` when it is not on an NVIDIA GPU.
+
+    Policy, tuned tables and every ``why_not`` look at nothing else.
+    """
+    if _target is not None:
+        return _target
+    if not x.is_cuda or torch.version.cuda is None:
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}"
+
+
+def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]]) -> bool:
+    """Decide between kernel (``True``) and reference (``False``) for one call of ``op`` on ``x``.
+
+    Raises:
+        RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
+    """
+    if _backend == "reference" or (_backend == "auto" and target(x) is None):
+        return False
+    reasons = why_not()
+    if not reasons:
+        return True
+    if _backend == "fused":
+        raise RuntimeError(f"vitkernels.ops.{op} cannot run its kernel: " + "; ".join(reasons))
+    _report_once(op, reasons)
+    return False
+
+
+def _report_once(op: str, reasons: list[str]) -> None:
+    if torch.compiler.is_compiling():  # Dynamo cannot trace a logger
+        return
+    for reason in reasons:
+        if (op, reason) not in _reported:
+            _reported.add((op, reason))
+            _logger.info("%s falls back to PyTorch: %s", op, reason)
+
+
+def why_not_here(*tensors: Tensor | None) -> list[str]:
+    """Reasons, common to all Triton kernels, why these tensors cannot be given to one."""
+    present = [t for t in tensors if t is not None]
+    first = present[0]
+    reasons = []
+    if not _env.HAS_TRITON:
+        reasons.append("Triton is not installed")
+    if any(t.device != first.device for t in present):
+        reasons.append("tensors on different devices: " + ", ".join(sorted({str(t.device) for t in present})))
+    arch = target(first)
+    if arch is None:
+        if first.is_cuda:
+            reasons.append("this PyTorch is not built for NVIDIA GPUs")
+        elif not (_env.INTERPRETING and first.device.type == "cpu"):
+            reasons.append(f"kernels run on CUDA tensors, got {first.device.type} (TRITON_INTERPRET=1 interprets them on cpu)")
+    elif int(arch.removeprefix("sm_")) < 10 * MIN_CAPABILITY[0] + MIN_CAPABILITY[1]:
+        reasons.append(f"{arch} is older than sm_{MIN_CAPABILITY[0]}{MIN_CAPABILITY[1]}")
+    if any(is_traceable_wrapper_subclass(t) for t in present):
+        reasons.append("a tensor subclass needs PyTorch's own operators")
+    if _under_functorch(present):
+        reasons.append("torch.func transforms and forward-mode derivatives need PyTorch's own operators")
+    return reasons
+
+
+def _under_functorch(tensors: list[Tensor]) -> bool:
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products on ``x``'s device type, or ``None`` outside autocast."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which PyTorch returns a LayerNorm of a ``dtype`` tensor on ``x``'s device.
+
+    That is float32 under CUDA autocast, else ``dtype``: CPU autocast leaves ``layer_norm`` alone, and float64 is never cast.
+    """
+    return torch.float32 if x.is_cuda and dtype != torch.float64 and autocast_dtype(x) is not None else dtype

@@ -1,0 +1,4 @@
+"""How it is computed on the device: Triton kernels and their launch functions. The only place that imports Triton.
+
+A ``launch_<name>`` takes the arguments of the operator ``vitkernels::<name>`` (``ops/``), which has checked them.
+"""

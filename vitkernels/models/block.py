@@ -1,0 +1,168 @@
+"""The transformer block on the fused operators: timm's pre-norm ``Block`` with four operator calls.
+
+    x -> [LN, qkv] -> [attention] -> [proj, LayerScale, + x] -> [LN, fc1, act, fc2, LayerScale, + x]
+"""
+
+import functools
+from typing import Optional  # noqa: F401  a name in the source of timm's forward, for TorchScript
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from timm.layers import (
+    GELU,
+    Attention,
+    DropPath,
+    GELUTanh,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    QuickGELU,
+    RmsNorm,
+)
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..ops import attention, attention_qkv, linear, mlp
+from . import _guard
+
+for _leaf in ("_attention", "linear", "mlp"):
+    torch.fx.wrap(_leaf)
+
+_NORMS = (LayerNorm, nn.LayerNorm)
+_ACTIVATIONS = {GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu", nn.SiLU: "silu"}
+
+_BLOCK_PARTS: _guard.Parts = (
+    ("norm1", _NORMS),
+    ("attn", (Attention,)),
+    ("ls1", (LayerScale, nn.Identity)),
+    ("drop_path1", (DropPath, nn.Identity)),
+    ("norm2", _NORMS),
+    ("mlp", (Mlp,)),
+    ("ls2", (LayerScale, nn.Identity)),
+    ("drop_path2", (DropPath, nn.Identity)),
+)
+_ATTENTION_PARTS: _guard.Parts = (
+    ("qkv", (nn.Linear,)),
+    ("q_norm", (*_NORMS, RmsNorm, nn.Identity)),
+    ("k_norm", (*_NORMS, RmsNorm, nn.Identity)),
+    ("attn_drop", (nn.Dropout,)),
+    ("norm", (nn.Identity,)),
+    ("proj", (nn.Linear,)),
+    ("proj_drop", (nn.Dropout,)),
+)
+_MLP_PARTS: _guard.Parts = (
+    ("fc1", (nn.Linear,)),
+    ("act", (nn.GELU, *_ACTIVATIONS)),
+    ("drop1", (nn.Dropout,)),
+    ("norm", (nn.Identity,)),
+    ("fc2", (nn.Linear,)),
+    ("drop2", (nn.Dropout,)),
+)
+_SHIPPED_FORWARDS = tuple((cls, cls.forward) for cls in (Block, Attention, Mlp))
+
+
+class FusedBlock(Block):
+    """``timm.models.vision_transformer.Block`` with its forward on ``vitkernels.ops``; swapped in by ``vitkernels.fuse``.
+
+    It owns nothing of its own. A call that the fused forward does not cover (``why_not``) runs timm's.
+    """
+
+    stock = Block  # unannotated: TorchScript reads timm's annotations through the instance
+
+    # wraps: inspect and TorchScript, which compiles source, see timm's forward.
+    @functools.wraps(Block.forward)
+    def forward(self, x, attn_mask=None, is_causal=False):
+        if self.why_not():
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        attn = self.attn
+        qkv = linear(x, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1))
+        qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, Dh)
+        if type(attn.q_norm) is not nn.Identity or type(attn.k_norm) is not nn.Identity:
+            q, k, v = qkv.unbind(2)
+            qkv = attn.q_norm(q), attn.k_norm(k), v
+        heads = _attention(qkv, attn_mask, is_causal)  # (B, N, H, Dh)
+        x = self._add(x, self.drop_path1, heads.flatten(2), attn.proj, self.ls1)
+        if _drops(self.drop_path2):
+            hidden = linear(x, self.mlp.fc1.weight, self.mlp.fc1.bias, act=_act(self.mlp.act), norm=_norm(self.norm2))
+            return self._add(x, self.drop_path2, hidden, self.mlp.fc2, self.ls2)
+        return mlp(
+            x,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.mlp.fc1.weight,
+            self.mlp.fc1.bias,
+            self.mlp.fc2.weight,
+            self.mlp.fc2.bias,
+            eps=self.norm2.eps,
+            act=_act(self.mlp.act),
+            layer_scale=_gamma(self.ls2),
+        )
+
+    @staticmethod
+    def _add(x: Tensor, drop_path: nn.Module, branch: Tensor, layer: nn.Linear, scale: nn.Module) -> Tensor:
+        if _drops(drop_path):  # the module draws, so the random stream is timm's
+            return x + drop_path(linear(branch, layer.weight, layer.bias, layer_scale=_gamma(scale)))
+        return linear(branch, layer.weight, layer.bias, layer_scale=_gamma(scale), residual=x)
+
+    def why_not(self) -> list[str]:
+        """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
+        reasons = _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons += _guard.children(self, "", _BLOCK_PARTS)
+        attn, feed_forward = self._modules["attn"], self._modules["mlp"]
+        if type(attn) is Attention:
+            reasons += _guard.children(attn, "attn.", _ATTENTION_PARTS)
+            reasons += _attention_state(attn)
+        if type(feed_forward) is Mlp:
+            reasons += _guard.children(feed_forward, "mlp.", _MLP_PARTS)
+            for name in ("drop1", "drop2"):
+                reasons += _dropout("mlp.", feed_forward, name)
+        for name in ("norm1", "norm2"):
+            if getattr(self._modules[name], "_fast_norm", False):
+                reasons.append(f"{name} is a fast norm, which changes autocast")
+        return reasons
+
+
+def _attention_state(attn: Attention) -> list[str]:
+    reasons = []
+    if not attn.fused_attn:
+        reasons.append("attn.fused_attn is False")
+    if getattr(attn, "gate", None) is not None:  # timm >= 1.0.28
+        reasons.append("attn.gate is not supported")
+    return reasons + _dropout("attn.", attn, "attn_drop") + _dropout("attn.", attn, "proj_drop")
+
+
+def _dropout(prefix: str, owner: nn.Module, name: str) -> list[str]:
+    module = owner._modules.get(name)
+    if type(module) is nn.Dropout and module.training and module.p > 0.0:
+        return [f"{prefix}{name} is active"]
+    return []
+
+
+def _attention(heads: Tensor | tuple[Tensor, Tensor, Tensor], attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attention of a packed (B, N, 3, H, Dh) or of q, k, v. A leaf for torch.fx, to which mask and flag may be proxies."""
+    packed = isinstance(heads, Tensor)
+    if is_causal:  # no ViT's own forward asks for it
+        q, k, v = (t.transpose(1, 2) for t in (heads.unbind(2) if packed else heads))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=True).transpose(1, 2)
+    if packed:
+        return attention_qkv(heads, bias=attn_mask)
+    return attention(*heads, bias=attn_mask)
+
+
+def _drops(drop_path: nn.Module) -> bool:
+    return type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0
+
+
+def _norm(module: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:
+    return module.weight, module.bias, module.eps
+
+
+def _gamma(scale: nn.Module) -> Tensor | None:
+    return scale.gamma if type(scale) is LayerScale else None
+
+
+def _act(module: nn.Module) -> str:
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS[type(module)]

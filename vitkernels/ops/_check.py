@@ -1,0 +1,55 @@
+"""Argument checks shared by the public operators. Each error names the argument, what came and what is accepted."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """``value`` is a tensor of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must be of dtype {accepted}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
+    """``value`` has the expected shape; a letter stands for any size (``("B", "N", 768)``)."""
+    if value.dim() != len(expected) or any(
+        size != want for size, want in zip(value.shape, expected, strict=True) if not isinstance(want, str)
+    ):
+        wanted = ", ".join(str(want) for want in expected)
+        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
+
+
+def vector(op: str, name: str, value: Tensor | None, size: int) -> None:
+    """``value`` is None or a float vector of ``size`` elements."""
+    if value is not None:
+        tensor(op, name, value)
+        shape(op, name, value, (size,))
+
+
+def broadcastable(op: str, name: str, value: Tensor, full: tuple[int, ...]) -> None:
+    """``value`` broadcasts to shape ``full`` without enlarging it."""
+    sizes = tuple(value.shape)
+    if len(sizes) > len(full) or any(
+        size not in (1, want) for size, want in zip(reversed(sizes), reversed(full), strict=False)
+    ):
+        raise ValueError(f"{op}: {name} must broadcast to {full}, got {sizes}")
+
+
+def last_dim(op: str, name: str, value: Tensor) -> int:
+    """The size of the last dimension; a 0-d tensor has none."""
+    if value.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dimension, got a 0-d tensor")
+    return value.shape[-1]
+
+
+def choice(op: str, name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    """``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

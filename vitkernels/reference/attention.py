@@ -1,0 +1,52 @@
+"""Softmax attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), tokens-major.
+
+    (1)  s = scale * q @ k^T + bias          per image and head, (N, M)
+    (2)  p = softmax(s) over the keys        a row whose every s is -inf gives p = 0
+    (3)  o = p @ v                           (N, Dh)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Equations (1) to (3). See ``vitkernels.ops.attention``; ``max_seqlen`` is a hint that only kernels need."""
+    if cu_seqlens is None:
+        return _attention_dense(q, k, v, scale, bias)
+    starts = cu_seqlens.tolist()
+    images = [
+        _attention_dense(q[None, a:b], k[None, a:b], v[None, a:b], scale, None)[0]
+        for a, b in zip(starts, starts[1:], strict=False)
+    ]
+    return torch.cat(images) if images else torch.empty_like(q)
+
+
+def _attention_dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+    if bias is not None and bias.dtype not in (torch.bool, q.dtype) and not torch.is_autocast_enabled(q.device.type):
+        bias = bias.to(q.dtype)  # scaled_dot_product_attention accepts no other; autocast casts by itself
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, N, Dh), as views
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).contiguous()  # (B, N, H, Dh)
+
+
+def attention_qkv(
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """``attention`` of a packed projection. See ``vitkernels.ops.attention_qkv``."""
+    q, k, v = qkv.unbind(-3)
+    return attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)

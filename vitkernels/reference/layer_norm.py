@@ -1,0 +1,39 @@
+"""LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) and residual add + LayerNorm.
+
+Forward, over the last dimension D of each row s:
+
+    (1)  s      = residual + layer_scale * x            (layer_norm: s = x)
+    (2)  mean   = sum(s) / D
+    (3)  rstd   = 1 / sqrt(sum((s - mean)^2) / D + eps)
+    (4)  x_hat  = (s - mean) * rstd
+    (5)  y      = x_hat * weight + bias
+
+Backward, from dy and (for add_layer_norm) the gradient ds that reaches the stream directly:
+
+    (6)  g       = dy * weight
+    (7)  ds     += rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+    (8)  dweight = sum over rows of dy * x_hat,   dbias = sum over rows of dy
+    (9)  dresidual = ds,   dx = layer_scale * ds,   dlayer_scale = sum over rows of ds * x
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Equations (2) to (5). See ``vitkernels.ops.layer_norm``."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Equations (1) to (5); returns ``(y, s)``. See ``vitkernels.ops.add_layer_norm``."""
+    stream = residual + (x if layer_scale is None else x * layer_scale)
+    return layer_norm(stream, weight, bias, eps), stream
