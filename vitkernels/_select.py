@@ -30,7 +30,7 @@ class backend:
     """Context manager that sets the backend policy, process-wide.
 
     Args:
-        name: ``"auto"``, ``"fused"`` or ``"reference"``. The environment variable ``VITKERNELS_BACKEND`` sets the policy outside.
+        name: ``"auto"``, ``"fused"`` or ``"reference"``. Outside, the environment variable ``VITKERNELS_BACKEND`` decides.
 
     Raises:
         ValueError: unknown name.

@@ -92,7 +92,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
         raise RuntimeError(f"this timm's Block.forward takes {signature}, vitkernels knows {_KNOWN_SIGNATURE}")
     if not any(isinstance(module, FusedBlock.stock) for module in model.modules()):
         found = sorted({m.kind for m in report.modules}) or ["none"]
-        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (block classes found: {', '.join(found)})")
+        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {', '.join(found)})")
     unfusable = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
     if strict and unfusable:
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in unfusable))

@@ -137,9 +137,7 @@ def _layer_norm_bwd_kernel(
         mask = row_mask[:, None] & col_mask[None, :]
         offsets = (rows.to(tl.int64) * D)[:, None] + cols[None, :]
 
-        stream_offsets = _row_offsets(
-            rows, stream_inner, stream_outer_stride, stream_inner_stride, STREAM_NESTED, STREAM_UNIT
-        )
+        stream_offsets = _row_offsets(rows, stream_inner, stream_outer_stride, stream_inner_stride, STREAM_NESTED, STREAM_UNIT)
         s = tl.load(stream_ptr + stream_offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
@@ -202,13 +200,13 @@ def _parameter_gradients_kernel(
     BLOCK_D: tl.constexpr,
 ):
     parameter = tl.program_id(1)
-    if dweight_ptr is not None:
+    if dweight_ptr is not None:  # noqa: SIM102  the outer test is the compiler's, the inner one the program's
         if parameter == 0:
             _column_sum(dweight_partial_ptr, dweight_ptr, num_partials, D, BLOCK_P, BLOCK_D)
-    if dbias_ptr is not None:
+    if dbias_ptr is not None:  # noqa: SIM102
         if parameter == 1:
             _column_sum(dbias_partial_ptr, dbias_ptr, num_partials, D, BLOCK_P, BLOCK_D)
-    if dlayer_scale_ptr is not None:
+    if dlayer_scale_ptr is not None:  # noqa: SIM102
         if parameter == 2:
             _column_sum(dlayer_scale_partial_ptr, dlayer_scale_ptr, num_partials, D, BLOCK_P, BLOCK_D)
 
@@ -340,9 +338,7 @@ def launch_layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx, dweight and dbias; what is not needed is empty."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias, _ = _launch_bwd(
-        dy, None, x, None, weight, bias, None, mean, rstd, dx, None, need_dweight, need_dbias
-    )
+    dweight, dbias, _ = _launch_bwd(dy, None, x, None, weight, bias, None, mean, rstd, dx, None, need_dweight, need_dbias)
     return dx, dweight, dbias
 
 

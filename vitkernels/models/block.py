@@ -1,6 +1,6 @@
 """The transformer block on the fused operators: timm's pre-norm ``Block`` with four operator calls.
 
-    x -> [LN, qkv] -> [attention] -> [proj, LayerScale, + x] -> [LN, fc1, act, fc2, LayerScale, + x]
+x -> [LN, qkv] -> [attention] -> [proj, LayerScale, + x] -> [LN, fc1, act, fc2, LayerScale, + x]
 """
 
 import functools

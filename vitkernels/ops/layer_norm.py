@@ -77,9 +77,7 @@ def _layer_norm_bwd_reference(dy, x, weight, bias, mean, rstd, need_dweight, nee
         wanted,
     )
     likes = (x, weight, bias)
-    return tuple(
-        g.to(like.dtype) if want else x.new_empty(0) for g, like, want in zip(grads, likes, wanted, strict=True)
-    )
+    return tuple(g.to(like.dtype) if want else x.new_empty(0) for g, like, want in zip(grads, likes, wanted, strict=True))
 
 
 register(
@@ -192,9 +190,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         _, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
-        dx, dweight, dbias = torch.ops.vitkernels.layer_norm_bwd(
-            dy, x, weight, bias, mean, rstd, need_dweight, need_dbias
-        )
+        dx, dweight, dbias = torch.ops.vitkernels.layer_norm_bwd(dy, x, weight, bias, mean, rstd, need_dweight, need_dbias)
         return dx, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 

@@ -53,7 +53,9 @@ def patch_embed(
             " (timm's dynamic_img_pad pads them)"
         )
     _check.vector(op, "bias", bias, width)
-    _check_prefix_and_positions(prefix_tokens, pos_embed, pos_embed_prefix, (height // patch_h) * (image_width // patch_w), width)
+    _check_prefix_and_positions(
+        prefix_tokens, pos_embed, pos_embed_prefix, (height // patch_h) * (image_width // patch_w), width
+    )
     _check_normalisation(images, mean, std, channels)
     _select.use_kernel(op, images, lambda: why_not(images, weight, bias))  # raises under "fused", never True yet
     return reference.patch_embed(

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import reference
-from .. import _select
+from .. import _select, reference
 from ..reference.pos_embed import unchanged
 from . import _check
 

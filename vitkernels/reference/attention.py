@@ -1,9 +1,11 @@
 """Softmax attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), tokens-major.
 
-    (1)  s = scale * q @ k^T + bias          per image and head, (N, M)
-    (2)  p = softmax(s) over the keys        a row whose every s is -inf gives p = 0
-    (3)  o = p @ v                           (N, Dh)
+(1)  s = scale * q @ k^T + bias          per image and head, (N, M)
+(2)  p = softmax(s) over the keys        a row whose every s is -inf gives p = 0
+(3)  o = p @ v                           (N, Dh)
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,9 @@ def attention(
     """Equations (1) to (3). See ``vitkernels.ops.attention``; ``max_seqlen`` is a hint that only kernels need."""
     if cu_seqlens is None:
         return _attention_dense(q, k, v, scale, bias)
-    starts = cu_seqlens.tolist()
     images = [
         _attention_dense(q[None, a:b], k[None, a:b], v[None, a:b], scale, None)[0]
-        for a, b in zip(starts, starts[1:], strict=False)
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
     return torch.cat(images) if images else torch.empty_like(q)
 

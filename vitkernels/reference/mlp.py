@@ -1,7 +1,7 @@
 """Pre-norm MLP with its residual connection (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equation 3).
 
-    (1)  u = act(LN(x) @ fc1^T + b1)
-    (2)  y = x + layer_scale * (u @ fc2^T + b2)
+(1)  u = act(LN(x) @ fc1^T + b1)
+(2)  y = x + layer_scale * (u @ fc2^T + b2)
 """
 
 from torch import Tensor

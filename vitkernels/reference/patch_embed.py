@@ -1,9 +1,9 @@
 """Patch embedding (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, equation 1).
 
-    (1)  pixels = images, or (images / 255 - mean) / std per channel for uint8 images
-    (2)  t      = weight applied to each p x p patch + bias         a stride-p convolution, (B, Gh*Gw, D)
-    (3)  out    = [prefix_tokens ; t] + pos_embed                   pos_embed_prefix: positions cover the prefix as well
-         out    = [prefix_tokens ; t + pos_embed]                   otherwise
+(1)  pixels = images, or (images / 255 - mean) / std per channel for uint8 images
+(2)  t      = weight applied to each p x p patch + bias         a stride-p convolution, (B, Gh*Gw, D)
+(3)  out    = [prefix_tokens ; t] + pos_embed                   pos_embed_prefix: positions cover the prefix as well
+     out    = [prefix_tokens ; t + pos_embed]                   otherwise
 """
 
 import torch

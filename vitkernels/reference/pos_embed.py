@@ -35,9 +35,7 @@ def resample_pos_embed(
     return torch.cat([prefix, grid], dim=1) if num_prefix_tokens else grid
 
 
-def unchanged(
-    posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int
-) -> bool:
+def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:
     """Whether timm would return ``posemb`` itself: nothing changes, and the graph is not being exported for all sizes."""
     if torch.compiler.is_exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
         return False
