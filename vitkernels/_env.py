@@ -1,6 +1,6 @@
 """The one place for environment variables and for asking what is installed.
 
-``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)`` block.
+``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)``.
 ``TRITON_INTERPRET``    Triton's own switch: ``1`` before Triton is imported runs the kernels in its CPU interpreter.
 ``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
 """

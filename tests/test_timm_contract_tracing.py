@@ -1,0 +1,357 @@
+"""A fused timm model passes through what reads, traces, compiles, exports, transforms or distributes models."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.fx
+from test_timm_contract import (
+    SMALL,
+    assert_runs_fused,
+    assert_same,
+    build,
+    counted,
+    fused_calls,
+    images,
+    outputs_and_gradients,
+    perturbed,
+    stock_and_fused,
+)
+from timm.layers import create_feature_extractor, get_graph_node_names
+from timm.models import FeatureGraphNet
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.export import Dim
+
+import vitkernels
+
+
+def fused_nodes(graph: torch.fx.Graph) -> list[str]:
+    """Names of the operators of vitkernels that are nodes of a graph."""
+    targets = (node.target for node in graph.nodes if node.op == "call_function")
+    return [f.__name__ for f in targets if getattr(f, "__module__", "").startswith("vitkernels.")]
+
+
+# TorchScript, deprecated by torch and used by timm's users.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training):
+    stock, fused = stock_and_fused(init_values=0.1)
+    stock.train(training), fused.train(training)
+    x = images()
+    scripted = torch.jit.script(fused)
+    assert torch.equal(scripted(x), torch.jit.script(stock)(x))
+    assert torch.equal(scripted(x), stock(x))
+    assert_runs_fused(fused, stock, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_model_shares_the_parameters():
+    _, fused = stock_and_fused()
+    scripted = torch.jit.script(fused)
+    x = images()
+    perturbed(fused)
+    assert torch.equal(scripted(x), fused(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace_is_bitwise_timms_and_leaves_the_live_model_fused():
+    stock, fused = stock_and_fused(init_values=0.1)
+    x, other = images(), images()
+    traced, ran = counted(torch.jit.trace, fused, x, check_trace=False)
+    assert ran == 2
+    assert torch.equal(traced(other), stock(other))
+    assert_runs_fused(fused, stock, x)
+
+
+# torch.fx.
+
+
+def test_symbolic_trace_keeps_operators_as_leaves_and_results():
+    stock, fused = stock_and_fused(init_values=0.1)
+    traced = torch.fx.symbolic_trace(fused)
+    names = fused_nodes(traced.graph)
+    assert names.count("mlp") == 2
+    assert names.count("patch_embed") == 1
+    x = images()
+    assert_same(traced(x), stock(x))
+
+
+def test_timms_graph_node_names_reach_into_fused_blocks():
+    _, fused = stock_and_fused()
+    train, evaluation = get_graph_node_names(fused)
+    for names in (train, evaluation):
+        assert any(name.startswith("blocks.1.") for name in names)
+        assert "patch_embed" in {name.partition(".")[0] for name in names}
+
+
+def test_timms_feature_extractor_is_bitwise_equal_from_call_to_call():
+    stock, fused = stock_and_fused()
+    names = get_graph_node_names(fused)[1]
+    block0 = [name for name in names if name.startswith("blocks.0.")][-1]
+    extractor = create_feature_extractor(fused, {block0: "block0", "norm": "norm"})
+    assert "mlp" in fused_nodes(extractor.graph)
+    x = images()
+    first, second = extractor(x), extractor(x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(first["block0"], stock.blocks[0](stock._pos_embed(stock.patch_embed(x))))
+    assert_same(first["norm"], stock.forward_features(x))
+
+
+def test_timms_graph_features_net_is_bitwise_equal_from_call_to_call():
+    stock, fused = stock_and_fused()
+    names = [n for n in get_graph_node_names(fused)[1] if n.startswith("blocks.")]
+    lasts = [[n for n in names if n.startswith(f"blocks.{i}.")][-1] for i in range(2)]
+    info = [{"num_chs": 64, "reduction": 16, "module": name} for name in lasts]
+    fused.feature_info = info
+    features = FeatureGraphNet(fused, out_indices=(0, 1))
+    x = images()
+    first, second = features(x), features(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    expected = stock.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True)
+    assert_same(first, [torch.cat([prefix, patches], dim=1) for patches, prefix in expected])
+
+
+# torch.export.
+
+
+def exported(model: nn.Module, x: Tensor, **kwargs) -> nn.Module:
+    program, ran = counted(torch.export.export, model, (x,), **kwargs)
+    assert ran >= 2  # traced through the fused forward
+    return program.module()
+
+
+def test_export_of_fixed_shapes():
+    stock, fused = stock_and_fused(init_values=0.1)
+    x = images()
+    assert_same(exported(fused, x)(x), stock(x))
+
+
+def test_export_with_a_dynamic_batch():
+    stock, fused = stock_and_fused()
+    program = exported(fused, images(2), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
+    for batch in (1, 2, 5):
+        x = images(batch)
+        assert_same(program(x), stock(x))
+
+
+def test_export_with_dynamic_height_and_width():
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    height, width = 16 * Dim("gh", min=2, max=16), 16 * Dim("gw", min=2, max=16)
+    program = exported(fused, images(2, (64, 96)), dynamic_shapes=({2: height, 3: width},))
+    reference = torch.export.export(stock, (images(2, (64, 96)),), dynamic_shapes=({2: height, 3: width},)).module()
+    for size in ((64, 96), (96, 64), (128, 80)):
+        x = images(2, size)
+        assert_same(program(x), reference(x))
+        # Exporting resamples positions even where nothing changes, so a 1e-6 of interpolation stays beside eager.
+        torch.testing.assert_close(program(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_matches(stock: nn.Module, fused: nn.Module, sizes, batches=(2,), **options) -> None:
+    with fused_calls() as calls:
+        compiled = torch.compile(fused, fullgraph=True, **options)
+        for size in sizes:
+            for batch in batches:
+                x = images(batch, size)
+                got = outputs_and_gradients(compiled, x)
+                got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
+                expected = outputs_and_gradients(stock, x)
+                assert got.keys() == expected.keys()
+                for name in expected:
+                    torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert calls.mlp >= 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_fullgraph_forward_and_backward(training):
+    stock, fused = stock_and_fused(init_values=0.1)
+    compiled_matches(stock.train(training), fused.train(training), [64], backend="aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_fullgraph_with_dynamic_shapes():
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    compiled_matches(stock, fused, [64, (96, 64)], batches=(2, 3), backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_fullgraph_with_drop_path():
+    """Dropped rows are zeros and kept rows are scaled, so with all rows kept or dropped the result is known."""
+    stock, fused = stock_and_fused(drop_path_rate=0.5)
+    compiled = torch.compile(fused.train(), fullgraph=True, backend="aot_eager")
+    x = images()
+    torch.manual_seed(5)
+    got = compiled(x)
+    torch.manual_seed(5)
+    assert_same(got, stock.train()(x))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_sees_a_replaced_layer():
+    stock, fused = stock_and_fused()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = images()
+    compiled(x)
+    for model in (stock, fused):
+        model.blocks[0].mlp = nn.Identity()
+    assert_same(compiled(x), stock(x))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_sees_unfuse():
+    stock, fused = stock_and_fused()
+    x = images()
+    torch.compile(fused, fullgraph=True, backend="aot_eager")(x)
+    vitkernels.unfuse(fused)
+    out, ran = counted(torch.compile(fused, fullgraph=True, backend="aot_eager"), x)
+    assert_same(out, stock(x))
+    assert ran == 0
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_inductor_forward_and_backward():
+    stock, fused = stock_and_fused(depth=1)
+    compiled = torch.compile(fused, fullgraph=True)
+    x = images()
+    got, expected = outputs_and_gradients(compiled, x), outputs_and_gradients(stock, x)
+    torch.testing.assert_close(got["output"], expected["output"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got["_orig_mod.blocks.0.attn.qkv.weight"], expected["blocks.0.attn.qkv.weight"], rtol=1e-3, atol=1e-4
+    )
+
+
+# Checkpointing.
+
+
+def test_gradient_checkpointing_gives_timms_gradients_and_recomputes_fused():
+    stock, fused = stock_and_fused(init_values=0.1)
+    for model in (stock, fused):
+        model.train().set_grad_checkpointing(True)
+    assert_runs_fused(fused, stock, images(), blocks=4)  # two blocks, forward and again in backward
+
+
+def test_gradient_checkpointing_recomputes_the_same_drop_path():
+    stock, fused = stock_and_fused(drop_path_rate=0.5)
+    results = []
+    for model in (stock, fused):
+        model.train().set_grad_checkpointing(True)
+        torch.manual_seed(3)
+        results.append(outputs_and_gradients(model, images()))
+    assert_same(results[1], results[0])
+
+
+# torch.func.
+
+
+def test_functional_call_uses_the_given_parameters():
+    stock, fused = stock_and_fused()
+    other = dict(build().named_parameters())
+    x = images()
+    out, ran = counted(torch.func.functional_call, fused, other, (x,))
+    assert_same(out, torch.func.functional_call(stock, other, (x,)))
+    assert ran == 2
+    assert not torch.equal(out, fused(x))
+
+
+def per_sample_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+
+
+def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients():
+    stock, fused = stock_and_fused(init_values=0.1)
+    x = images(3)
+    got, ran = counted(per_sample_gradients, fused, x)
+    assert ran == 2
+    expected = per_sample_gradients(stock, x)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_an_ensemble_of_weights():
+    stock, fused = stock_and_fused()
+    members = [build() for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(members)
+    x = images()
+    out = torch.func.vmap(lambda p: torch.func.functional_call(fused, p, (x,)))(stacked)
+    torch.testing.assert_close(out, torch.stack([m(x) for m in members]), rtol=1e-4, atol=1e-4)
+
+
+def test_jvp_over_a_fused_model():
+    stock, fused = stock_and_fused()
+    x, tangent = images(), images()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # flash has no forward derivative
+        expected = torch.func.jvp(stock, (x,), (tangent,))
+        assert_same(torch.func.jvp(fused, (x,), (tangent,)), expected)
+
+
+# Distributed, one process.
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_of_a_fused_model():
+    stock, fused = stock_and_fused(init_values=0.1)
+    x = images()
+    got, ran = counted(outputs_and_gradients, nn.parallel.DistributedDataParallel(fused), x)
+    got = {name.removeprefix("module."): value for name, value in got.items()}
+    assert_same(got, outputs_and_gradients(stock, x))
+    assert ran == 2
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("each_block", [True, False])
+def test_fsdp2_of_a_fused_model(each_block):
+    stock, fused = stock_and_fused(init_values=0.1)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in fused.blocks if each_block else ():
+        fully_shard(block, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
+    assert isinstance(fused.blocks[0].mlp.fc1.weight, DTensor)
+    x = images()
+    got, ran = counted(outputs_and_gradients, fused, x)
+    got = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in got.items()}
+    assert_same(got, outputs_and_gradients(stock, x))
+    assert ran == 2
+
+
+@pytest.mark.usefixtures("process_group")
+def test_optimizer_step_of_an_fsdp2_model():
+    stock, fused = stock_and_fused()
+    mesh = init_device_mesh("cpu", (1,))
+    for block in fused.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
+    x = images()
+    for model in (stock, fused):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        model(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
