@@ -1,0 +1,210 @@
+"""fuse, unfuse and explain: what is swapped, what is refused, and that nothing is left half done."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import PatchEmbed, RmsNorm
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+import vitkernels as vk
+from vitkernels.models import FusedBlock, FusedPatchEmbed
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def small(**arguments):
+    """A tiny ViT whose zero-initialised and tiny parameters are perturbed, so that each has an effect."""
+    model = VisionTransformer(**{**SMALL, **arguments})
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def outputs_and_gradients(model, images):
+    model.zero_grad()
+    out = model(images)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters())]
+
+
+IMAGES = torch.randn(2, 3, 32, 32)
+
+
+def test_fuse_is_in_place_and_changes_classes_only():
+    model = small()
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    instance_dicts = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    assert vk.fuse(model) is model
+    assert [type(b) for b in model.blocks] == [FusedBlock, FusedBlock]
+    assert type(model.patch_embed) is FusedPatchEmbed
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == instance_dicts
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"init_values": 0.1},
+        {"qkv_bias": False, "proj_bias": False},
+        {"qk_norm": True},
+        {"act_layer": "gelu_tanh"},
+        {"act_layer": "quick_gelu"},
+        {"act_layer": nn.SiLU},
+        {"class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 4, "no_embed_class": True},
+        {"pre_norm": True},
+        {"dynamic_img_size": True},
+        {"pos_embed": "none"},
+        {"norm_layer": nn.LayerNorm},
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_of_a_fused_model_are_timms(arguments):
+    model = small(**arguments)
+    stock = outputs_and_gradients(model, IMAGES)
+    fused = outputs_and_gradients(vk.fuse(model, strict=True), IMAGES)
+    for a, b in zip(fused, stock, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_leave_the_patch_embedding_contiguous():
+    model = small(class_token=False, global_pool="avg")
+    assert not model.patch_embed(IMAGES).is_contiguous()
+    assert vk.fuse(model).patch_embed(IMAGES).is_contiguous()
+
+
+def test_unfuse_gives_the_original_classes_back():
+    model = small()
+    stock = outputs_and_gradients(model, IMAGES)
+    vk.unfuse(vk.fuse(model))
+    assert [type(b) for b in model.blocks] == [Block, Block]
+    assert type(model.patch_embed) is PatchEmbed
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model, IMAGES), stock, strict=True))
+    assert vk.unfuse(model) is model
+
+
+def test_fusing_twice_is_harmless():
+    model = vk.fuse(small())
+    once = outputs_and_gradients(model, IMAGES)
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(vk.fuse(model), IMAGES), once, strict=True))
+    assert type(model.blocks[0]) is FusedBlock
+
+
+def test_nested_models_are_found():
+    wrapped = nn.ModuleDict({"backbone": small(), "head": nn.Linear(5, 2)})
+    vk.fuse(wrapped)
+    assert type(wrapped["backbone"].blocks[1]) is FusedBlock
+    features = timm.create_model("test_vit", features_only=True)
+    vk.fuse(features)
+    assert vk.explain(features).num_fused == len(vk.explain(features).modules) > 0
+
+
+def test_a_model_without_a_vit_block_is_refused_with_what_was_found():
+    with pytest.raises(ValueError, match=r"contains no timm.models.vision_transformer.Block .*\(blocks found: none\)"):
+        vk.fuse(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="blocks found: .*EvaBlock"):
+        vk.fuse(timm.create_model("eva02_tiny_patch14_224", depth=1))
+
+
+@pytest.mark.parametrize("function", [vk.fuse, vk.unfuse, vk.explain])
+def test_something_that_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        function("vit_base_patch16_224")
+
+
+def partly_fusable():
+    model = small()
+    model.blocks[1].norm2 = RmsNorm(48)
+    return model
+
+
+def test_a_block_that_cannot_be_fused_is_left_alone_and_explained():
+    model = partly_fusable()
+    stock = outputs_and_gradients(model, IMAGES)
+    fused = outputs_and_gradients(vk.fuse(model), IMAGES)
+    assert [type(b) for b in model.blocks] == [FusedBlock, Block]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, stock, strict=True))
+    report = {m.name: m for m in vk.explain(model).modules}
+    assert report["blocks.0"].fused
+    assert report["blocks.1"].reasons == ("norm2 is a timm RmsNorm, not LayerNorm",)
+
+
+def test_strict_refuses_it_and_leaves_the_model_unchanged():
+    model = partly_fusable()
+    with pytest.raises(RuntimeError, match=r"cannot fuse blocks.1: norm2 is a timm RmsNorm"):
+        vk.fuse(model, strict=True)
+    assert [type(b) for b in model.blocks] == [Block, Block]
+
+
+def test_an_error_half_way_leaves_the_model_unchanged(monkeypatch):
+    model = small()
+
+    class Incompatible(FusedBlock):
+        __slots__ = ("extra",)  # Python refuses this class for an existing instance
+
+    monkeypatch.setattr("vitkernels.models.FUSED_CLASSES", {PatchEmbed: FusedPatchEmbed, Block: Incompatible})
+    with pytest.raises(TypeError, match="layout"):
+        vk.fuse(model)
+    assert type(model.patch_embed) is PatchEmbed
+    assert [type(b) for b in model.blocks] == [Block, Block]
+
+
+def test_a_block_forward_with_an_unknown_signature_is_refused(monkeypatch):
+    monkeypatch.setattr(Block, "forward", lambda self, x, mask=None: x)
+    with pytest.raises(RuntimeError, match=r"Block.forward takes \('self', 'x', 'mask'\), vitkernels knows"):
+        vk.fuse(small())
+
+
+def test_a_subclass_of_block_is_not_swapped_and_says_so():
+    class MyBlock(Block):
+        pass
+
+    model = small(block_fn=MyBlock)
+    model.blocks.append(copy.deepcopy(small().blocks[0]))
+    vk.fuse(model)
+    assert [type(b).__name__ for b in model.blocks] == ["MyBlock", "MyBlock", "FusedBlock"]
+    assert "not a class that vitkernels knows" in vk.explain(model).modules[1].reasons[0]
+
+
+def test_explain_says_fused_or_why_not_for_every_block_and_prints_a_table():
+    model = small()
+    assert [m.reasons for m in vk.explain(model).modules] == [("vitkernels.fuse would fuse it",)] * 3
+    vk.fuse(model)
+    report = vk.explain(model)
+    assert [(m.name, m.fused) for m in report.modules] == [("patch_embed", True), ("blocks.0", True), ("blocks.1", True)]
+    model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
+    table = str(vk.explain(model))
+    assert "2 of 3 modules fused" in table
+    assert "attn.qkv has hooks" in table
+    assert "this version has no attention kernel" in table
+    assert set(report.operators) == set(vk.ops.__all__)
+
+
+def test_explain_of_other_block_classes_names_them():
+    report = vk.explain(timm.create_model("eva02_tiny_patch14_224", depth=1))
+    assert any("EvaBlock is not a class that vitkernels knows" in r for m in report.modules for r in m.reasons)
+
+
+def test_a_hybrid_stem_keeps_timms_path_and_its_blocks_are_fused():
+    model = timm.create_model("vit_tiny_r_s16_p8_224", depth=2, img_size=64).eval()
+    images = torch.randn(1, 3, 64, 64)
+    stock = model(images)
+    vk.fuse(model)
+    torch.testing.assert_close(model(images), stock, atol=1e-5, rtol=1e-5)
+    assert all(type(b) is FusedBlock for b in model.blocks)
+
+
+def test_fallbacks_are_logged_once_at_info(caplog, monkeypatch):
+    """On a GPU without a kernel for the operator; here a tensor that claims to be on one."""
+    monkeypatch.setattr("vitkernels._select._reported", set())
+    q = torch.empty(1, 5, 2, 16, device="meta")
+    with caplog.at_level("INFO", logger="vitkernels"), vk._select.targeting("sm_90"):
+        vk.ops.attention(q, q, q)
+        vk.ops.attention(q, q, q)
+    assert [r.getMessage() for r in caplog.records] == ["attention falls back to PyTorch: this version has no attention kernel"]
