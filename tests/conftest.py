@@ -1,5 +1,6 @@
 """The suite's process: the interpreter is on and made faithful before anything imports Triton, and numpy runs one thread."""
 
+import contextlib
 import os
 
 # The interpreter works on many small numpy arrays; threads only cost. Must be set before numpy and torch load.
@@ -21,10 +22,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @pytest.fixture(autouse=True)
-def _poison_and_seed():
-    """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows."""
+def _poison_and_seed(request):
+    """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows.
+
+    Tests marked gpu make their tensors on the GPU.
+    """
     torch.manual_seed(0)
-    with poisoned():
+    on_gpu = torch.cuda.is_available() and request.node.get_closest_marker("gpu") is not None
+    with poisoned(), torch.device("cuda") if on_gpu else contextlib.nullcontext():
         yield
 
 

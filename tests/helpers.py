@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A module whose tests run kernels has `pytestmark = KERNEL_TESTS`: interpreted without a GPU, run by `-m gpu` with one.
+KERNEL_TESTS = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 @contextlib.contextmanager
@@ -77,6 +79,6 @@ def assert_matches_reference(
 
 def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """LayerNorm inputs that bite: every row has a mean of 5 sigma, and eight channels are 50x outliers."""
-    x = torch.randn(shape, device=DEVICE) + 5.0
+    x = torch.randn(shape) + 5.0
     x[..., :: max(shape[-1] // 8, 2)] *= 50.0
     return x.to(dtype)

@@ -66,6 +66,15 @@ def test_a_backend_block_inside_compiled_code_is_traced():
     assert vk._select._backend == "auto"
 
 
+def test_the_architecture_is_a_constant_to_dynamo(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+
+    def function(x):
+        return x + 1 if vk._select._architecture(0) == "sm_90" else x
+
+    assert torch.compile(function, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
 def test_exported_programs_hold_the_operator_of_the_kernel():
     class Norm(torch.nn.LayerNorm):
         def forward(self, x):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_matches_reference, hostile_rows, outputs_and_gradients
+from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,10 +11,11 @@ from vitkernels.ops.layer_norm import MAX_D, why_not
 
 WIDTHS = (1, 7, 192, 384, 768, 1000, 1280, 8192)
 fused = vk.backend("fused")
+pytestmark = KERNEL_TESTS
 
 
 def parameters(width, dtype=torch.float32):
-    return [(1 + 0.5 * torch.randn(width, device=DEVICE)).to(dtype), torch.randn(width, device=DEVICE).to(dtype)]
+    return [(1 + 0.5 * torch.randn(width)).to(dtype), torch.randn(width).to(dtype)]
 
 
 def kernel_layer_norm(x, weight, bias):
@@ -46,7 +47,7 @@ def test_layer_norm_is_within_budget(width, dtype):
 
 def check_layer_norm(leading, width, dtype):
     x = hostile_rows(*leading, width, dtype=dtype)
-    dy = torch.randn(*leading, width, device=DEVICE)
+    dy = torch.randn(*leading, width)
     assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, [x, *parameters(width, dtype)], [dy])
 
 
@@ -54,9 +55,9 @@ def check_layer_norm(leading, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_add_layer_norm_is_within_budget(width, dtype, scaled):
-    x, residual = torch.randn(2, 9, width, device=DEVICE).to(dtype), hostile_rows(2, 9, width, dtype=dtype)
-    layer_scale = (0.3 * torch.randn(width, device=DEVICE)).to(dtype) if scaled else None
-    cotangents = [torch.randn(2, 9, width, device=DEVICE) for _ in range(2)]
+    x, residual = torch.randn(2, 9, width).to(dtype), hostile_rows(2, 9, width, dtype=dtype)
+    layer_scale = (0.3 * torch.randn(width)).to(dtype) if scaled else None
+    cotangents = [torch.randn(2, 9, width) for _ in range(2)]
     assert_matches_reference(
         kernel_add_layer_norm,
         reference_add_layer_norm,
@@ -179,7 +180,7 @@ def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
     """The kernels have no float64; the operators' reference does, and takes the same road through autograd."""
     from vitkernels.ops.layer_norm import _AddLayerNorm, _LayerNorm
 
-    f64 = {"dtype": torch.float64, "requires_grad": True}
+    f64 = {"dtype": torch.float64, "requires_grad": True, "device": "cpu"}
     x, residual = torch.randn(3, 5, **f64), torch.randn(3, 5, **f64)
     weight, bias, layer_scale = (torch.randn(5, **f64) for _ in range(3))
     assert torch.autograd.gradcheck(lambda *a: _LayerNorm.apply(*a, 1e-6, torch.float64), (x, weight, bias))
@@ -221,7 +222,7 @@ def test_a_kernel_runs_under_compile_fullgraph_with_dynamic_shapes():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast_gives_the_dtype_that_eager_gives(dtype):
     x, (weight, bias) = hostile_rows(3, 48, dtype=dtype), parameters(48)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         for call in (kernel_layer_norm, vk.ops.layer_norm):
             assert call(x, weight, bias).dtype == torch.nn.functional.layer_norm(x, (48,), weight, bias).dtype
 
@@ -230,7 +231,7 @@ def test_autocast_gives_the_dtype_that_eager_gives(dtype):
 
 
 def test_auto_on_a_cpu_is_bitwise_eager_pytorch():
-    x, (weight, bias) = hostile_rows(5, 192), parameters(192)
+    x, weight, bias = (t.cpu() for t in (hostile_rows(5, 192), *parameters(192)))
     assert torch.equal(vk.ops.layer_norm(x, weight, bias), torch.nn.functional.layer_norm(x, (192,), weight, bias, eps=1e-6))
 
 
@@ -244,7 +245,7 @@ def test_reference_backend_is_bitwise_eager_pytorch_even_where_the_kernel_could_
 
 def test_fused_on_a_cpu_without_the_interpreter_raises_with_the_reason(no_interpreter):
     with fused, pytest.raises(RuntimeError, match="layer_norm cannot run its kernel: kernels run on CUDA tensors, got cpu"):
-        vk.ops.layer_norm(torch.randn(2, 8))
+        vk.ops.layer_norm(torch.randn(2, 8, device="cpu"))
 
 
 def test_reasons_name_what_is_unsupported():

@@ -71,8 +71,17 @@ def target(x: Tensor) -> str | None:
         return _target
     if not x.is_cuda or torch.version.cuda is None:
         return None
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _architecture(x.get_device())
+
+
+def _architecture(device_index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device_index)
     return f"sm_{major}{minor}"
+
+
+# What torch.compiler.assume_constant_result sets: Dynamo runs the function instead of tracing get_device_capability, which it
+# cannot. The decorator itself would import Dynamo, a second at import time.
+_architecture._dynamo_marked_constant = True
 
 
 def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]]) -> bool:

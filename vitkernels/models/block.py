@@ -109,7 +109,7 @@ class FusedBlock(Block):
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
         reasons = _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
         reasons += _guard.children(self, "", _BLOCK_PARTS)
-        attn, feed_forward = self._modules["attn"], self._modules["mlp"]
+        attn, feed_forward = self._modules.get("attn"), self._modules.get("mlp")
         if type(attn) is Attention:
             reasons += _guard.children(attn, "attn.", _ATTENTION_PARTS)
             reasons += _attention_state(attn)
@@ -118,7 +118,7 @@ class FusedBlock(Block):
             for name in ("drop1", "drop2"):
                 reasons += _dropout("mlp.", feed_forward, name)
         for name in ("norm1", "norm2"):
-            if getattr(self._modules[name], "_fast_norm", False):
+            if getattr(self._modules.get(name), "_fast_norm", False):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
         return reasons
 
