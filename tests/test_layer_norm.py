@@ -125,6 +125,13 @@ def test_empty_and_single_rows(shape):
     assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(shape)])
 
 
+def test_parameter_gradients_add_up_any_number_of_partial_sums(monkeypatch):
+    """As many programs as a large GPU runs: more partial sums than one step of the second kernel adds."""
+    monkeypatch.setattr("vitkernels.kernels.layer_norm._num_backward_programs", lambda *_: 70)
+    inputs = [hostile_rows(80, 1280), *parameters(1280)]
+    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(80, 1280)])
+
+
 def test_results_are_bitwise_reproducible():
     inputs, dy = [hostile_rows(50, 768), *parameters(768)], torch.randn(50, 768)
     first = outputs_and_gradients(kernel_layer_norm, inputs, [dy])

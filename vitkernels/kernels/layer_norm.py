@@ -141,7 +141,7 @@ def _layer_norm_bwd_kernel(
         s = tl.load(stream_ptr + stream_offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
-        x_hat = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)  # eq. (4)
+        x_hat = (s - mean[:, None]) * rstd[:, None]  # eq. (4); beyond D not zero, but every use is times dy or g
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if dweight_ptr is not None:
             dweight += dy * x_hat  # eq. (8)
@@ -160,7 +160,7 @@ def _layer_norm_bwd_kernel(
         if dlayer_scale_ptr is not None:
             x_offsets = _row_offsets(rows, x_inner, x_outer_stride, x_inner_stride, X_NESTED, X_UNIT)
             x = tl.load(x_ptr + x_offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            dlayer_scale += tl.where(mask, ds * x, 0.0)
+            dlayer_scale += ds * x
         if dx_ptr is not None:  # eq. (9)
             if layer_scale_ptr is not None:
                 ds *= tl.load(layer_scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
