@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import vitkernels as vk
-from vitkernels.models import FusedBlock, FusedPatchEmbed
+from vitkernels.models import FUSED_CLASSES, FusedBlock, FusedPatchEmbed
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -124,15 +124,16 @@ def partly_fusable():
     return model
 
 
-def test_a_block_that_cannot_be_fused_is_left_alone_and_explained():
+def test_a_block_that_cannot_be_fused_keeps_timms_forward_and_is_explained():
     model = partly_fusable()
     stock = outputs_and_gradients(model, IMAGES)
     fused = outputs_and_gradients(vk.fuse(model), IMAGES)
-    assert [type(b) for b in model.blocks] == [FusedBlock, Block]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, stock, strict=True))
     report = {m.name: m for m in vk.explain(model).modules}
     assert report["blocks.0"].fused
     assert report["blocks.1"].reasons == ("norm2 is a timm RmsNorm, not LayerNorm",)
+    model.blocks[1].norm2 = nn.LayerNorm(48)
+    assert vk.explain(model).num_fused == 3, "each call decides anew"
 
 
 def test_strict_refuses_it_and_leaves_the_model_unchanged():
@@ -148,7 +149,7 @@ def test_an_error_half_way_leaves_the_model_unchanged(monkeypatch):
     class Incompatible(FusedBlock):
         __slots__ = ("extra",)  # Python refuses this class for an existing instance
 
-    monkeypatch.setattr("vitkernels.models.FUSED_CLASSES", {PatchEmbed: FusedPatchEmbed, Block: Incompatible})
+    monkeypatch.setitem(FUSED_CLASSES, Block, Incompatible)
     with pytest.raises(TypeError, match="layout"):
         vk.fuse(model)
     assert type(model.patch_embed) is PatchEmbed
@@ -169,7 +170,16 @@ def test_a_subclass_of_block_is_not_swapped_and_says_so():
     model.blocks.append(copy.deepcopy(small().blocks[0]))
     vk.fuse(model)
     assert [type(b).__name__ for b in model.blocks] == ["MyBlock", "MyBlock", "FusedBlock"]
-    assert "not a class that vitkernels knows" in vk.explain(model).modules[1].reasons[0]
+    assert "has no fused form of" in vk.explain(model).modules[1].reasons[0]
+
+
+def test_a_model_in_which_nothing_runs_fused_is_warned_about(caplog):
+    model = small(norm_layer=RmsNorm, embed_norm_layer=RmsNorm)
+    model.patch_embed.proj = nn.Sequential(model.patch_embed.proj)
+    vk.fuse(model)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "3 of 3 modules still run timm's forward, e.g. patch_embed: proj is a torch Sequential" in record.getMessage()
 
 
 def test_explain_says_fused_or_why_not_for_every_block_and_prints_a_table():
@@ -188,7 +198,7 @@ def test_explain_says_fused_or_why_not_for_every_block_and_prints_a_table():
 
 def test_explain_of_other_block_classes_names_them():
     report = vk.explain(timm.create_model("eva02_tiny_patch14_224", depth=1))
-    assert any("EvaBlock is not a class that vitkernels knows" in r for m in report.modules for r in m.reasons)
+    assert any("has no fused form of timm.models.eva.EvaBlock" in r for m in report.modules for r in m.reasons)
 
 
 def test_a_hybrid_stem_keeps_timms_path_and_its_blocks_are_fused():

@@ -1,10 +1,6 @@
 """A fused timm model passes through what reads, traces, compiles, exports, transforms or distributes models."""
 
-import copy
-import warnings
-
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.fx
@@ -14,7 +10,6 @@ from test_timm_contract import (
     assert_same,
     build,
     counted,
-    fused_calls,
     images,
     outputs_and_gradients,
     perturbed,
@@ -30,6 +25,11 @@ from torch.export import Dim
 
 import vitkernels
 
+# torch deprecates TorchScript, and vmaps scaled_dot_product_attention image by image on a CPU.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:FutureWarning", "ignore:There is a performance drop:UserWarning"
+)
+
 
 def fused_nodes(graph: torch.fx.Graph) -> list[str]:
     """Names of the operators of vitkernels that are nodes of a graph."""
@@ -40,7 +40,6 @@ def fused_nodes(graph: torch.fx.Graph) -> list[str]:
 # TorchScript, deprecated by torch and used by timm's users.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("training", [False, True])
 def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training):
     stock, fused = stock_and_fused(init_values=0.1)
@@ -52,7 +51,6 @@ def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(train
     assert_runs_fused(fused, stock, x)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_model_shares_the_parameters():
     _, fused = stock_and_fused()
     scripted = torch.jit.script(fused)
@@ -61,7 +59,7 @@ def test_scripted_model_shares_the_parameters():
     assert torch.equal(scripted(x), fused(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torch_jit_trace_is_bitwise_timms_and_leaves_the_live_model_fused():
     stock, fused = stock_and_fused(init_values=0.1)
     x, other = images(), images()
@@ -164,37 +162,45 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def compiled_matches(stock: nn.Module, fused: nn.Module, sizes, batches=(2,), **options) -> None:
-    with fused_calls() as calls:
-        compiled = torch.compile(fused, fullgraph=True, **options)
-        for size in sizes:
-            for batch in batches:
-                x = images(batch, size)
-                got = outputs_and_gradients(compiled, x)
-                got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
-                expected = outputs_and_gradients(stock, x)
-                assert got.keys() == expected.keys()
-                for name in expected:
-                    torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
-    assert calls.mlp >= 2
+def compiled_matches(stock: nn.Module, x: Tensor, compiled: nn.Module) -> None:
+    got = outputs_and_gradients(compiled, x)
+    got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
+    expected = outputs_and_gradients(stock, x)
+    assert got.keys() == expected.keys()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # names the entry that differs
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_fullgraph_forward_and_backward(training):
     stock, fused = stock_and_fused(init_values=0.1)
-    compiled_matches(stock.train(training), fused.train(training), [64], backend="aot_eager")
+    compiled = torch.compile(fused.train(training), fullgraph=True, backend="aot_eager")
+    _, ran = counted(compiled_matches, stock.train(training), images(), compiled)
+    assert ran == 2  # Dynamo traced the fused forward, and replays what the probe counts
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compile_fullgraph_with_dynamic_shapes():
+def test_compile_fullgraph_with_a_dynamic_batch_forward_and_backward():
+    stock, fused = stock_and_fused()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 3, 5):
+        compiled_matches(stock, images(batch), compiled)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_fullgraph_with_dynamic_height_and_width():
+    """Forward only: torch 2.15 has no meta function of its antialiased bicubic backward for symbolic sizes, timm or not."""
     stock, fused = stock_and_fused(dynamic_img_size=True)
-    compiled_matches(stock, fused, [64, (96, 64)], batches=(2, 3), backend="aot_eager", dynamic=True)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for size in (64, (96, 64), (80, 112)):
+            x = images(2, size)
+            torch.testing.assert_close(compiled(x), stock(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compile_fullgraph_with_drop_path():
-    """Dropped rows are zeros and kept rows are scaled, so with all rows kept or dropped the result is known."""
+    """aot_eager draws from PyTorch's own generator, so the seed decides as in eager."""
     stock, fused = stock_and_fused(drop_path_rate=0.5)
     compiled = torch.compile(fused.train(), fullgraph=True, backend="aot_eager")
     x = images()
@@ -227,15 +233,10 @@ def test_compile_sees_unfuse():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor_forward_and_backward():
+def test_inductor_forward_and_backward_of_a_block():
     stock, fused = stock_and_fused(depth=1)
-    compiled = torch.compile(fused, fullgraph=True)
-    x = images()
-    got, expected = outputs_and_gradients(compiled, x), outputs_and_gradients(stock, x)
-    torch.testing.assert_close(got["output"], expected["output"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        got["_orig_mod.blocks.0.attn.qkv.weight"], expected["blocks.0.attn.qkv.weight"], rtol=1e-3, atol=1e-4
-    )
+    compiled = torch.compile(fused.blocks[0], fullgraph=True)
+    compiled_matches(stock.blocks[0], torch.randn(2, 17, SMALL["embed_dim"]), compiled)
 
 
 # Checkpointing.
@@ -285,12 +286,11 @@ def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients():
     got, ran = counted(per_sample_gradients, fused, x)
     assert ran == 2
     expected = per_sample_gradients(stock, x)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_vmap_over_an_ensemble_of_weights():
-    stock, fused = stock_and_fused()
+    fused = vitkernels.fuse(build())
     members = [build() for _ in range(3)]
     stacked, _ = torch.func.stack_module_state(members)
     x = images()

@@ -4,7 +4,6 @@
 working, and the reverse assignment undoes it. timm is imported on the first call.
 """
 
-import inspect
 import io
 import logging
 from dataclasses import dataclass
@@ -15,9 +14,6 @@ from torch import nn
 from .ops._availability import availability
 
 _logger = logging.getLogger("vitkernels")
-
-# timm's Block.forward as read; another signature means another meaning, which fuse does not guess.
-_KNOWN_SIGNATURE = ("self", "x", "attn_mask", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,13 @@ class FusionReport:
 def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Swap the transformer blocks and patch embeddings of timm models inside ``model`` for fused ones, in place.
 
-    Parameters, state dict, outputs and gradients stay the same. A block that cannot be fused is left alone (``explain`` says
-    why), and a fused block runs timm's forward whenever a call needs it (hooks on its children, active dropout, ...).
-    Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model.
+    Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
+    vitkernels does not know (RMSNorm, a LoRA layer), hooks on its children or active dropout, it runs timm's forward, and
+    ``explain`` says why. Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
-        strict: raise if any transformer block or patch embedding cannot be fused.
+        strict: raise if any transformer block or patch embedding would run timm's forward now.
 
     Returns:
         ``model`` itself.
@@ -80,25 +76,29 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: it contains no block of timm's ``vision_transformer``.
-        RuntimeError: ``strict`` and something cannot be fused, or timm's ``Block.forward`` has an unknown signature.
+        RuntimeError: ``strict`` and something would not run fused, or timm's ``Block.forward`` has an unknown signature.
 
         The model is unchanged after an error.
     """
     report = explain(model)
-    from .models import FUSED_CLASSES, FusedBlock
+    from .models import FusedBlock, fuse_classes
 
-    signature = tuple(inspect.signature(FusedBlock.stock.forward).parameters)
-    if signature != _KNOWN_SIGNATURE:
-        raise RuntimeError(f"this timm's Block.forward takes {signature}, vitkernels knows {_KNOWN_SIGNATURE}")
     if not any(isinstance(module, FusedBlock.stock) for module in model.modules()):
-        found = sorted({m.kind for m in report.modules}) or ["none"]
-        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {', '.join(found)})")
-    unfusable = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
-    if strict and unfusable:
-        raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in unfusable))
-    _swap([(m, FUSED_CLASSES[type(m)]) for m in model.modules() if type(m) in FUSED_CLASSES and _fusable(m)])
-    if unfusable:
-        _logger.info("%d of %d modules are not fused, vitkernels.explain(model) says why", len(unfusable), len(report.modules))
+        found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
+        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {found})")
+    not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
+    if strict and not_fused:
+        raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
+    fuse_classes(model)
+    if not_fused:
+        counts = f"{len(not_fused)} of {len(report.modules)} modules still run timm's forward"
+        _logger.log(
+            logging.WARNING if len(not_fused) == len(report.modules) else logging.INFO,
+            "%s, e.g. %s: %s (vitkernels.explain(model) shows all)",
+            counts,
+            not_fused[0].name,
+            "; ".join(not_fused[0].reasons),
+        )
     return model
 
 
@@ -110,11 +110,12 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+        RuntimeError: FSDP has changed the classes of fused modules.
     """
     _check_module(model)
-    from .models import FUSED_CLASSES
+    from .models import unfuse_classes
 
-    _swap([(m, type(m).stock) for m in model.modules() if type(m) in FUSED_CLASSES.values()])
+    unfuse_classes(model)
     return model
 
 
@@ -130,7 +131,7 @@ def explain(model: nn.Module) -> FusionReport:
     reports = tuple(
         ModuleReport(name or "(model)", type(module).__name__, not reasons, tuple(reasons))
         for name, module in model.named_modules()
-        if (reasons := _reasons(module)) is not None
+        if (reasons := _reasons(name, module)) is not None
     )
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     operators = {op: tuple(why) for op, why in availability(example.device, example.dtype).items()}
@@ -140,7 +141,7 @@ def explain(model: nn.Module) -> FusionReport:
 _NOT_YET = "vitkernels.fuse would fuse it"
 
 
-def _reasons(module: nn.Module) -> list[str] | None:
+def _reasons(name: str, module: nn.Module) -> list[str] | None:
     """Why ``module`` does not run fused, empty if it does; None for a module that is neither block nor patch embedding."""
     from .models import FUSED_CLASSES
 
@@ -149,34 +150,20 @@ def _reasons(module: nn.Module) -> list[str] | None:
             return fused.why_not(module)
         if type(module) is stock:
             return fused.why_not(module) or [_NOT_YET]
-    if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module):
-        return [f"{type(module).__module__}.{type(module).__name__} is not a class that vitkernels knows"]
+    if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module) or _is_stem(name):
+        return [f"vitkernels has no fused form of {type(module).__module__}.{type(module).__name__}"]
     return None
 
 
+def _is_stem(name: str) -> bool:
+    return name.rpartition(".")[2] in ("patch_embed", "embeds")  # timm's names, of HybridEmbed and NaFlexEmbeds too
+
+
 def _looks_like_a_block(module: nn.Module) -> bool:
-    children = module._modules
-    return ("attn" in children or "attns" in children) and any(name in children for name in ("mlp", "ffns", "norm1"))
-
-
-def _fusable(module: nn.Module) -> bool:
-    from .models import FUSED_CLASSES
-
-    return not FUSED_CLASSES[type(module)].why_not(module)
-
-
-def _swap(assignments: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-    """Assign classes; an error half way takes back what was done."""
-    done: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for module, cls in assignments:
-            before = type(module)
-            module.__class__ = cls
-            done.append((module, before))
-    except BaseException:
-        for module, before in done:
-            module.__class__ = before
-        raise
+    cls, children = type(module), module._modules
+    if cls.__module__ == "timm.models.vision_transformer" and cls.__name__.endswith("Block"):
+        return True
+    return "attn" in children and ("mlp" in children or "norm1" in children)
 
 
 def _check_module(model: nn.Module) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# Of Tensor, and of Parameter and FakeTensor: a subclass with another one acts on its own terms.
+_PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
+
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
 
 
@@ -48,7 +51,9 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
 def _plain(parameters: Iterable[Tensor | None]) -> bool:
     for p in parameters:
         kind = type(p)
-        if p is not None and kind is not nn.Parameter and kind is not Tensor and is_traceable_wrapper_subclass(p):
+        if p is None or kind is nn.Parameter or kind is Tensor:
+            continue
+        if is_traceable_wrapper_subclass(p) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
             return False
     return True
 
@@ -57,11 +62,12 @@ def _describe(child: nn.Module | None) -> str:
     return "missing" if child is None else f"a {type(child).__module__.partition('.')[0]} {type(child).__name__}"
 
 
-def patched(classes: Iterable[tuple[type, object]]) -> list[str]:
-    """Reasons for classes whose ``forward`` is no longer the one that was imported (patched for all instances)."""
-    return [f"{cls.__name__}.forward was replaced" for cls, forward in classes if cls.forward is not forward]
+def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type, ...]]) -> tuple[tuple[type, object], ...]:
+    """The ``forward`` of ``owner`` and of every accepted class, as imported."""
+    classes = dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)])
+    return tuple((cls, cls.forward) for cls in classes)
 
 
-def active_dropout(module: nn.Dropout) -> bool:
-    """Whether this dropout would change its input."""
-    return module.training and module.p > 0.0
+def patched(shipped: tuple[tuple[type, object], ...]) -> list[str]:
+    """Reasons for classes whose ``forward`` was replaced since, for all instances (attention-map hacks do)."""
+    return [f"{cls.__name__}.forward was replaced" for cls, forward in shipped if cls.forward is not forward]

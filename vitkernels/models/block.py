@@ -59,7 +59,7 @@ _MLP_PARTS: _guard.Parts = (
     ("fc2", (nn.Linear,)),
     ("drop2", (nn.Dropout,)),
 )
-_SHIPPED_FORWARDS = tuple((cls, cls.forward) for cls in (Block, Attention, Mlp))
+_SHIPPED_FORWARDS = _guard.shipped_forwards(Block, *_BLOCK_PARTS, *_ATTENTION_PARTS, *_MLP_PARTS)
 
 
 class FusedBlock(Block):
@@ -116,7 +116,7 @@ class FusedBlock(Block):
         if type(feed_forward) is Mlp:
             reasons += _guard.children(feed_forward, "mlp.", _MLP_PARTS)
             for name in ("drop1", "drop2"):
-                reasons += _dropout("mlp.", feed_forward, name)
+                reasons += _dropout(f"mlp.{name}", feed_forward._modules.get(name))
         for name in ("norm1", "norm2"):
             if getattr(self._modules.get(name), "_fast_norm", False):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
@@ -129,14 +129,14 @@ def _attention_state(attn: Attention) -> list[str]:
         reasons.append("attn.fused_attn is False")
     if getattr(attn, "gate", None) is not None:  # timm >= 1.0.28
         reasons.append("attn.gate is not supported")
-    return reasons + _dropout("attn.", attn, "attn_drop") + _dropout("attn.", attn, "proj_drop")
+    attn_drop, proj_drop = attn._modules.get("attn_drop"), attn._modules.get("proj_drop")
+    if attn.training and getattr(attn_drop, "p", 0.0) > 0.0:  # timm gives p to attention by the state of attn
+        reasons.append("attn.attn_drop is active")
+    return reasons + _dropout("attn.proj_drop", proj_drop)
 
 
-def _dropout(prefix: str, owner: nn.Module, name: str) -> list[str]:
-    module = owner._modules.get(name)
-    if type(module) is nn.Dropout and module.training and module.p > 0.0:
-        return [f"{prefix}{name} is active"]
-    return []
+def _dropout(path: str, module: nn.Module | None) -> list[str]:
+    return [f"{path} is active"] if type(module) is nn.Dropout and module.training and module.p > 0.0 else []
 
 
 def _attention(heads: Tensor | tuple[Tensor, Tensor, Tensor], attn_mask: Tensor | None, is_causal: bool) -> Tensor:

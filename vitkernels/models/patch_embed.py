@@ -16,7 +16,8 @@ from . import _guard
 
 torch.fx.wrap("patch_embed")
 
-_SHIPPED_FORWARDS = ((PatchEmbed, PatchEmbed.forward),)
+_PARTS: _guard.Parts = (("proj", (nn.Conv2d,)),)
+_SHIPPED_FORWARDS = _guard.shipped_forwards(PatchEmbed, *_PARTS)
 
 
 class FusedPatchEmbed(PatchEmbed):
@@ -33,6 +34,10 @@ class FusedPatchEmbed(PatchEmbed):
         if self.strict_img_size:
             _assert(height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]}).")
             _assert(width == self.img_size[1], f"Input width ({width}) doesn't match model ({self.img_size[1]}).")
+            (patch_h, patch_w), (grid_h, grid_w) = self.patch_size, self.grid_size
+            if (grid_h * patch_h, grid_w * patch_w) != self.img_size:
+                # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
+                x = x[..., : grid_h * patch_h, : grid_w * patch_w]
         tokens = patch_embed(x, self.proj.weight, self.proj.bias)  # (B, Gh*Gw, D)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, (height // self.patch_size[0], width // self.patch_size[1]))
@@ -41,7 +46,15 @@ class FusedPatchEmbed(PatchEmbed):
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock module."""
         reasons = _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
-        reasons += _guard.children(self, "", (("proj", (nn.Conv2d,)),))
+        reasons += _guard.children(self, "", _PARTS)
+        proj = self._modules.get("proj")
+        if type(proj) is nn.Conv2d and (proj.stride, proj.padding, proj.dilation, proj.groups) != (
+            proj.kernel_size,
+            (0, 0),
+            (1, 1),
+            1,
+        ):
+            reasons.append("proj is not a plain convolution whose stride is its kernel size")
         if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
             reasons.append(f"output format {self.output_fmt} is not tokens-major")
         if self.img_size is None:

@@ -1,0 +1,315 @@
+"""Whatever is hooked, replaced, patched or switched on inside a fused module still takes effect, as in timm's model.
+
+A fused forward calls none of its children, so each of these would be skipped in silence if the per-call guard missed it. Every
+test does the same to timm's model, and checks that it has an effect there at all.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from test_timm_contract import (
+    assert_modified_alike,
+    assert_runs_fused,
+    assert_same,
+    build,
+    counted,
+    images,
+    outputs_and_gradients,
+    reasons,
+    stock_and_fused,
+)
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
+
+import vitkernels
+
+# Every optional child is a real module here, none an Identity.
+FULL = {"init_values": 0.1, "qk_norm": True, "drop_path_rate": 0.1}
+CHILDREN = [name for name, _ in Block(32, 2, init_values=0.1, qk_norm=True, drop_path=0.1).named_modules() if name]
+# scaled_dot_product_attention takes the probability: timm never calls this module.
+NEVER_CALLED = {"attn.attn_drop"}
+
+
+# Hooks.
+
+
+def forward_hook(module: nn.Module, log: list):
+    return module.register_forward_hook(lambda _module, _args, out: (log.append("forward"), out * 1.5)[1])
+
+
+def forward_pre_hook(module: nn.Module, log: list):
+    def hook(_module, args):
+        log.append("pre")
+        return (args[0] * 1.5, *args[1:])
+
+    return module.register_forward_pre_hook(hook)
+
+
+def full_backward_hook(module: nn.Module, log: list):
+    def hook(_module, grads, _grad_outputs):
+        log.append("backward")
+        return tuple(None if g is None else g * 1.5 for g in grads)
+
+    return module.register_full_backward_hook(hook)
+
+
+def full_backward_pre_hook(module: nn.Module, log: list):
+    def hook(_module, grads):
+        log.append("backward pre")
+        return tuple(None if g is None else g * 1.5 for g in grads)
+
+    return module.register_full_backward_pre_hook(hook)
+
+
+HOOKS = [forward_hook, forward_pre_hook, full_backward_hook, full_backward_pre_hook]
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("child", CHILDREN)
+def test_hook_on_a_child_fires_and_changes_the_result_as_in_timm(child, register):
+    logs: list[list[str]] = []
+
+    def modify(model):
+        logs.append([])
+        register(model.blocks[1].get_submodule(child), logs[-1])
+
+    assert_modified_alike(modify, effect=child not in NEVER_CALLED, **FULL)
+    assert logs[0] == logs[1]
+    assert bool(logs[0]) == (child not in NEVER_CALLED)
+
+
+def test_hook_with_keyword_arguments_sees_them():
+    seen = []
+
+    def modify(model):
+        hook = lambda _module, _args, kwargs, out: seen.append(sorted(kwargs)) or out * 2  # noqa: E731
+        model.blocks[1].attn.register_forward_hook(hook, with_kwargs=True)
+
+    assert_modified_alike(modify)
+    assert seen == [["attn_mask", "is_causal"]] * 2
+
+
+def test_removed_hook_leaves_the_block_fused_again():
+    stock, fused = stock_and_fused(**FULL)
+    handle = forward_hook(fused.blocks[1].attn.qkv, [])
+    assert counted(fused, images())[1] == 1
+    assert reasons(fused) == ("attn.qkv has hooks",)
+    handle.remove()
+    assert_runs_fused(fused, stock, images())
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hook_on_the_block_itself_fires_while_it_stays_fused(register):
+    logs: list[list[str]] = []
+
+    def modify(model):
+        logs.append([])
+        register(model.blocks[1], logs[-1])
+
+    assert_modified_alike(modify, blocks=2)
+    assert logs[0] == logs[1] != []
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn_module.register_module_forward_hook,
+        nn_module.register_module_forward_pre_hook,
+        nn_module.register_module_full_backward_hook,
+        nn_module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_global_module_hook_sees_every_module_that_it_sees_in_timms(register):
+    stock, fused = stock_and_fused(**FULL)
+    names = {model: {m: name for name, m in model.named_modules()} for model in (stock, fused)}
+    seen = {stock: [], fused: []}
+    x = images()
+    for model in (stock, fused):
+        handle = register(lambda module, *_, model=model: seen[model].append(names[model][module]))
+        try:
+            _, ran = counted(outputs_and_gradients, model, x)
+        finally:
+            handle.remove()
+        assert ran == 0
+    assert "blocks.0.mlp.act" in seen[stock]
+    assert seen[fused] == seen[stock]
+    assert_runs_fused(fused, stock, x)
+
+
+def test_feature_hooks_inside_a_block_capture_attention_outputs():
+    stock, fused = stock_and_fused()
+    captured = {}
+    for name, model in (("stock", stock), ("fused", fused)):
+        model.blocks[1].attn.register_forward_hook(lambda _m, _a, out, name=name: captured.__setitem__(name, out))
+        model(images())
+    assert captured["fused"].shape == captured["stock"].shape
+
+
+# Replaced layers and weights.
+
+
+class _Lora(nn.Module):
+    """A low-rank update beside a frozen layer, in a module of another class (Hu et al. 2021)."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.full((2, base.in_features), 0.05))
+        self.up = nn.Parameter(torch.full((base.out_features, 2), 0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class _LoraLinear(nn.Linear):
+    """The same by subclassing, as loralib does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.1
+
+
+LINEARS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_lora_wrapper_around_a_linear_takes_effect(name):
+    def modify(model):
+        block = model.blocks[1]
+        block.set_submodule(name, _Lora(block.get_submodule(name)))
+
+    assert_modified_alike(modify)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_subclass_of_linear_takes_effect(name):
+    def modify(model):
+        model.blocks[1].get_submodule(name).__class__ = _LoraLinear
+
+    assert_modified_alike(modify)
+
+
+@pytest.mark.parametrize("name", ["norm1", "attn", "ls1", "drop_path1", "mlp", "mlp.act", "mlp.drop1", "mlp.norm", "attn.norm"])
+def test_replaced_child_takes_effect(name):
+    class Halve(nn.Module):
+        def forward(self, x, **_kwargs):
+            return 0.5 * x
+
+    assert_modified_alike(lambda model: model.blocks[1].set_submodule(name, Halve()), **FULL)
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_parametrized_weight_takes_effect(name):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    def modify(model):
+        parametrize.register_parametrization(model.blocks[1].get_submodule(name), "weight", Double())
+
+    assert_modified_alike(modify)
+
+
+def test_pruned_weight_takes_effect():
+    assert_modified_alike(lambda model: torch.nn.utils.prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", amount=0.5))
+
+
+@pytest.mark.parametrize("name", ["norm1.weight", "attn.qkv.weight", "attn.proj.bias", "ls1.gamma", "mlp.fc2.weight"])
+def test_reassigned_parameter_takes_effect_and_the_block_stays_fused(name):
+    def modify(model):
+        owner, _, attribute = name.rpartition(".")
+        owner = model.blocks[1].get_submodule(owner)
+        setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach() * 2))
+
+    assert_modified_alike(modify, blocks=2, init_values=0.1)
+
+
+def test_weight_changed_in_place_takes_effect_and_the_block_stays_fused():
+    assert_modified_alike(lambda model: model.blocks[1].attn.qkv.weight.data.mul_(2), blocks=2)
+
+
+@pytest.mark.parametrize("name", ["norm1.weight", "attn.qkv.weight", "attn.proj.bias", "ls1.gamma", "mlp.fc2.weight"])
+def test_wrapper_subclass_weight_runs_timms_forward(name):
+    def modify(model):
+        owner, _, attribute = name.rpartition(".")
+        owner = model.blocks[1].get_submodule(owner)
+        value = getattr(owner, attribute).detach()
+        setattr(owner, attribute, nn.Parameter(TwoTensor(value, value.clone())))
+
+    stock, fused = stock_and_fused(init_values=0.1)
+    for model in (stock, fused):
+        modify(model)
+    x = images()
+    got, ran = counted(fused.blocks[1], torch.ones(2, 17, 64))
+    assert_same(got.a, stock.blocks[1](torch.ones(2, 17, 64)).a)
+    assert ran == 0
+    assert "tensor subclass" in reasons(fused)[0]
+    assert fused(x).a.shape == (2, 10)
+
+
+class _Counting(Tensor):
+    """A subclass that acts in ``__torch_function__``: no wrapper, so that a raw pointer would skip what it does."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return 2 * super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_torch_function_subclass_weight_runs_timms_forward():
+    _, fused = stock_and_fused()
+    layer = fused.blocks[1].mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(_Counting))
+    assert type(layer.weight) is _Counting
+    assert counted(fused, images())[1] == 1
+
+
+def test_fused_attn_false_runs_timms_attention():
+    def modify(model):
+        model.blocks[1].attn.fused_attn = False
+        # Only the unfused path of timm calls this module.
+        model.blocks[1].attn.attn_drop = nn.Threshold(0.05, 0.0)
+
+    assert_modified_alike(modify)
+
+
+def test_fused_attn_false_alone_is_enough():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        model.blocks[1].attn.fused_attn = False
+    x = images()
+    out, ran = counted(fused, x)
+    assert torch.equal(out, stock(x))
+    assert ran == 1
+
+
+def test_fast_norm_is_not_fused():
+    stock = build()
+    stock.blocks[1].norm1._fast_norm = True
+    fused = vitkernels.fuse(stock)
+    assert counted(fused, images())[1] == 1
+    assert "fast norm" in reasons(fused)[0]
+
+
+def test_fast_norm_set_after_fuse_runs_timms_forward():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        model.blocks[1].norm2._fast_norm = True
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, ran = counted(fused, x)
+        assert torch.equal(out, stock(x))
+    assert ran == 1
+
+
+def test_gated_attention_is_not_fused():
+    def modify(model):
+        model.blocks[1].attn.gate = nn.Linear(64, 64)
+        nn.init.constant_(model.blocks[1].attn.gate.weight, 0.01)
+        nn.init.zeros_(model.blocks[1].attn.gate.bias)
+
+    assert_modified_alike(modify)

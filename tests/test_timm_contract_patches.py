@@ -1,0 +1,174 @@
+"""Patched forwards take effect, random numbers are timm's, and explain says what runs: the rest of the per-call guard."""
+
+import types
+
+import pytest
+import torch
+from test_timm_contract import (
+    assert_modified_alike,
+    assert_runs_fused,
+    assert_same,
+    build,
+    counted,
+    fused_calls,
+    images,
+    outputs_and_gradients,
+    reasons,
+    stock_and_fused,
+)
+from test_timm_contract_guard import CHILDREN, FULL, NEVER_CALLED
+from timm.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+import vitkernels
+
+# Patched forwards.
+
+
+def _attention_that_keeps_its_map(self, x, attn_mask=None, is_causal=False):
+    batch, tokens, width = x.shape
+    qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    self.attention_map = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+    return self.proj((self.attention_map @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+def test_attention_map_hack_still_fills_its_map():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        attn = model.blocks[1].attn
+        attn.forward = types.MethodType(_attention_that_keeps_its_map, attn)
+    x = images()
+    out, ran = counted(fused, x)
+    assert torch.equal(out, stock(x))
+    assert ran == 1
+    assert torch.equal(fused.blocks[1].attn.attention_map, stock.blocks[1].attn.attention_map)
+
+
+@pytest.mark.parametrize("child", [name for name in CHILDREN if name not in NEVER_CALLED])
+def test_child_with_its_own_forward_takes_effect(child):
+    def modify(model):
+        module = model.blocks[1].get_submodule(child)
+        original = module.forward
+        module.forward = lambda *args, **kwargs: 1.5 * original(*args, **kwargs)
+
+    assert_modified_alike(modify, **FULL)
+
+
+def test_block_with_its_own_forward_runs_it_around_the_fused_one():
+    """As accelerate's hooks do: the instance's forward calls the one that it found."""
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        block = model.blocks[1]
+        block.forward = lambda x, block=block, **kwargs: 2 * type(block).forward(block, x, **kwargs)
+    assert_runs_fused(fused, stock, images())
+
+
+PATCHED = [Attention, Mlp, Block, nn.Linear, LayerNorm, LayerScale, DropPath, nn.GELU, GELU, nn.Dropout]
+
+
+@pytest.mark.parametrize("cls", PATCHED, ids=lambda cls: f"{cls.__module__.partition('.')[0]}-{cls.__name__}")
+def test_class_wide_patched_forward_takes_effect(cls, monkeypatch):
+    stock, fused = stock_and_fused(act_layer=GELU if cls is GELU else nn.GELU, **FULL)
+    x = images()
+    before = stock(x)
+    original = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, *args, **kwargs: 1.5 * original(self, *args, **kwargs))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused(x), expected)
+
+
+def test_class_wide_patch_taken_back_leaves_the_model_fused(monkeypatch):
+    stock, fused = stock_and_fused()
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "forward", _attention_that_keeps_its_map)
+        assert counted(fused, images())[1] == 0
+    assert_runs_fused(fused, stock, images())
+
+
+# Random numbers: as many draws as timm, of the same shapes, in the same order.
+
+
+def assert_same_random_stream(stock: nn.Module, fused: nn.Module, x: Tensor) -> int:
+    results, states = [], []
+    for model in (stock, fused):
+        torch.manual_seed(11)
+        with fused_calls() as calls:
+            results.append(outputs_and_gradients(model, x))
+        states.append(torch.get_rng_state())
+    assert_same(results[1], results[0])
+    assert torch.equal(*states)
+    torch.manual_seed(12)
+    assert not torch.equal(outputs_and_gradients(stock, x)["output"], results[0]["output"])  # it drops at all
+    return calls.linear
+
+
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate", "drop_rate", "pos_drop_rate"])
+def test_active_dropout_draws_timms_random_stream(rate):
+    stock, fused = stock_and_fused(**{rate: 0.3})
+    assert_same_random_stream(stock.train(), fused.train(), images())
+
+
+def test_active_drop_path_stays_fused_and_draws_timms_random_stream():
+    stock, fused = stock_and_fused(drop_path_rate=0.5, init_values=0.1)
+    linears = assert_same_random_stream(stock.train(), fused.train(), images(8))
+    assert linears > 0
+    assert all(m.fused for m in vitkernels.explain(fused).modules)
+
+
+def test_patch_dropout_of_the_model_draws_timms_random_stream():
+    stock, fused = stock_and_fused(patch_drop_rate=0.5)
+    assert_same_random_stream(stock.train(), fused.train(), images())
+    assert_runs_fused(fused.eval(), stock.eval(), images())
+
+
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate", "drop_path_rate"])
+def test_dropout_is_inactive_in_evaluation(rate):
+    stock, fused = stock_and_fused(**{rate: 0.3})
+    assert_runs_fused(fused, stock, images())
+
+
+def test_attention_dropout_follows_the_mode_of_attention_as_in_timm():
+    """timm passes ``attn_drop.p if attn.training`` to scaled_dot_product_attention, whatever mode attn_drop itself is in."""
+    stock, fused = stock_and_fused(attn_drop_rate=0.3)
+    for model in (stock.train(), fused.train()):
+        for block in model.blocks:
+            block.attn.attn_drop.eval()
+    assert_same_random_stream(stock, fused, images())
+
+
+def test_monte_carlo_dropout_in_an_evaluated_model():
+    stock, fused = stock_and_fused(proj_drop_rate=0.3)
+    for model in (stock, fused):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+    assert_same_random_stream(stock, fused, images())
+
+
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate"])
+def test_model_fused_in_training_mode_with_dropout_runs_fused_in_evaluation(rate):
+    """timm.create_model returns a model in training mode: an active dropout is a reason of a call, not of the class."""
+    stock = build(**{rate: 0.3})
+    fused = build(**{rate: 0.3}).train()
+    fused.load_state_dict(stock.state_dict())
+    vitkernels.fuse(fused)
+    assert_runs_fused(fused.eval(), stock, images())
+
+
+# What explain says agrees with what runs.
+
+
+def test_explain_names_the_reason_of_every_kind():
+    _, fused = stock_and_fused(**FULL)
+    block = fused.blocks[1]
+    block.attn.proj.register_forward_hook(lambda *_: None)
+    block.mlp.fc1 = nn.Sequential(block.mlp.fc1)
+    block.attn.fused_attn = False
+    block.ls1.forward = lambda x: x
+    found = " | ".join(reasons(fused))
+    for part in ("attn.proj has hooks", "mlp.fc1 is a", "fused_attn", "ls1 overrides forward"):
+        assert part in found
+    assert reasons(fused, "blocks.0") == ()
