@@ -43,7 +43,7 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
             reasons.append(f"{prefix}{name} has hooks")
         elif "forward" in child.__dict__:
             reasons.append(f"{prefix}{name} overrides forward")
-        elif not _plain(child._parameters.values()):
+        elif child._parameters and not _plain(child._parameters.values()):
             reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
     return reasons
 

@@ -75,29 +75,23 @@ class FusedBlock(Block):
     def forward(self, x, attn_mask=None, is_causal=False):
         if self.why_not():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        attn = self.attn
-        qkv = linear(x, attn.qkv.weight, attn.qkv.bias, norm=_norm(self.norm1))
-        qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, Dh)
-        if type(attn.q_norm) is not nn.Identity or type(attn.k_norm) is not nn.Identity:
-            q, k, v = qkv.unbind(2)
-            qkv = attn.q_norm(q), attn.k_norm(k), v
-        heads = _attention(qkv, attn_mask, is_causal)  # (B, N, H, Dh)
+        attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
+        qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
+
+        heads = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))
+        heads = heads.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, Dh)
+        q_norm, k_norm = attn.q_norm, attn.k_norm
+        if type(q_norm) is not nn.Identity or type(k_norm) is not nn.Identity:
+            q, k, v = heads.unbind(2)
+            heads = q_norm(q), k_norm(k), v
+        heads = _attention(heads, attn_mask, is_causal)  # (B, N, H, Dh)
         x = self._add(x, self.drop_path1, heads.flatten(2), attn.proj, self.ls1)
+
         if _drops(self.drop_path2):
-            hidden = linear(x, self.mlp.fc1.weight, self.mlp.fc1.bias, act=_act(self.mlp.act), norm=_norm(self.norm2))
-            return self._add(x, self.drop_path2, hidden, self.mlp.fc2, self.ls2)
-        return mlp(
-            x,
-            self.norm2.weight,
-            self.norm2.bias,
-            self.mlp.fc1.weight,
-            self.mlp.fc1.bias,
-            self.mlp.fc2.weight,
-            self.mlp.fc2.bias,
-            eps=self.norm2.eps,
-            act=_act(self.mlp.act),
-            layer_scale=_gamma(self.ls2),
-        )
+            hidden = linear(x, fc1.weight, fc1.bias, act=act, norm=_norm(norm2))
+            return self._add(x, self.drop_path2, hidden, fc2, self.ls2)
+        parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=_gamma(self.ls2))
 
     @staticmethod
     def _add(x: Tensor, drop_path: nn.Module, branch: Tensor, layer: nn.Linear, scale: nn.Module) -> Tensor:

@@ -41,7 +41,22 @@ def attention(
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
-    _check_attention(q, k, v, bias, cu_seqlens)
+    op = "attention"
+    _check.tensor(op, "q", q)
+    for name, t in (("k", k), ("v", v)):
+        _check.tensor(op, name, t, (q.dtype,))
+    _check.shape(op, "q", q, ("B", "N", "H", "Dh") if cu_seqlens is None else ("total", "H", "Dh"))
+    if cu_seqlens is None:
+        _check.shape(op, "k", k, (q.shape[0], "M", *q.shape[2:]))
+        _check.shape(op, "v", v, tuple(k.shape))
+    else:
+        for name, t in (("k", k), ("v", v)):
+            _check.shape(op, name, t, tuple(q.shape))
+    _check_masks(op, q, k, bias, cu_seqlens)
+    return _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen)
+
+
+def _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen) -> Tensor:
     _select.use_kernel("attention", q, lambda: why_not(q, k, v, bias, cu_seqlens))  # raises under "fused", never True yet
     return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
@@ -70,27 +85,17 @@ def attention_qkv(
     expected = ("B", "N", 3, "H", "Dh") if cu_seqlens is None else ("total", 3, "H", "Dh")
     _check.shape("attention_qkv", "qkv", qkv, expected)
     q, k, v = qkv.unbind(-3)
-    return attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    _check_masks("attention_qkv", q, k, bias, cu_seqlens)
+    return _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    op = "attention"
-    _check.tensor(op, "q", q)
-    for name, t in (("k", k), ("v", v)):
-        _check.tensor(op, name, t, (q.dtype,))
+def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
-        _check.shape(op, "q", q, ("total", "H", "Dh"))
-        for name, t in (("k", k), ("v", v)):
-            _check.shape(op, name, t, tuple(q.shape))
         _check.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,))
         _check.shape(op, "cu_seqlens", cu_seqlens, ("B + 1",))
         if bias is not None:
             raise ValueError(f"{op}: bias cannot be given together with cu_seqlens")
-        return
-    _check.shape(op, "q", q, ("B", "N", "H", "Dh"))
-    batch, queries, heads, head_dim = q.shape
-    _check.shape(op, "k", k, (batch, "M", heads, head_dim))
-    _check.shape(op, "v", v, tuple(k.shape))
-    if bias is not None:
+    elif bias is not None:
+        batch, queries, heads, _ = q.shape
         _check.tensor(op, "bias", bias, (*_check.FLOATS, torch.bool))
         _check.broadcastable(op, "bias", bias, (batch, heads, queries, k.shape[1]))

@@ -246,7 +246,12 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     _check.tensor("layer_norm", "x", x)
-    _check_norm("layer_norm", x, weight, bias, x.dtype)
+    check_norm("layer_norm", x, weight, bias, x.dtype)
+    return dispatch_layer_norm(x, weight, bias, eps)
+
+
+def dispatch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``layer_norm`` without the checks, for callers that have made them."""
     if _select.use_kernel("layer_norm", x, lambda: why_not(x, weight, bias)):
         return _LayerNorm.apply(x, weight, bias, eps, _select.norm_dtype(x, x.dtype))
     return reference.layer_norm(x, weight, bias, eps)
@@ -285,14 +290,15 @@ def add_layer_norm(
     stream_dtype = torch.promote_types(x.dtype, residual.dtype)
     if layer_scale is not None:
         stream_dtype = torch.promote_types(stream_dtype, layer_scale.dtype)
-    _check_norm(op, x, weight, bias, stream_dtype)
+    check_norm(op, x, weight, bias, stream_dtype)
     if not _select.use_kernel(op, x, lambda: why_not(x, weight, bias, residual, layer_scale)):
         return reference.add_layer_norm(x, residual, weight, bias, eps, layer_scale=layer_scale)
     out_dtype = _select.norm_dtype(x, stream_dtype)
     return _AddLayerNorm.apply(x, residual, weight, bias, layer_scale, eps, stream_dtype, out_dtype)
 
 
-def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
+    """Check the parameters of a LayerNorm of ``dtype`` rows as wide as ``x``'s."""
     size = _check.last_dim(op, "x", x)
     _check.vector(op, "weight", weight, size)
     _check.vector(op, "bias", bias, size)

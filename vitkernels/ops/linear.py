@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import _select, reference
 from ..reference.linear import ACTIVATIONS
 from . import _check
-from .layer_norm import layer_norm
+from .layer_norm import check_norm, dispatch_layer_norm
 
 
 def why_not(
@@ -56,9 +56,18 @@ def linear(
     if residual is not None:
         _check.tensor(op, "residual", residual)
         _check.shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]))
-    if norm is not None and len(norm) != 3:
-        raise ValueError(f"{op}: norm must be (weight, bias, eps), got {len(norm)} elements")
-    _select.use_kernel(op, x, lambda: why_not(x, weight, bias, layer_scale, residual))  # raises under "fused", never True yet
     if norm is not None:
-        x = layer_norm(x, *norm)  # its kernel runs even where this one has a reason not to
+        if len(norm) != 3:
+            raise ValueError(f"{op}: norm must be (weight, bias, eps), got {len(norm)} elements")
+        check_norm(op, x, *norm[:2], x.dtype)
+    return dispatch_linear(x, weight, bias, act, layer_scale, residual, norm)
+
+
+def dispatch_linear(x, weight, bias=None, act=None, layer_scale=None, residual=None, norm=None) -> Tensor:
+    """``linear`` without the checks, for callers that have made them."""
+    _select.use_kernel(
+        "linear", x, lambda: why_not(x, weight, bias, layer_scale, residual)
+    )  # raises under "fused", never True yet
+    if norm is not None:
+        x = dispatch_layer_norm(x, *norm)  # its kernel runs even where this one has a reason not to
     return reference.linear(x, weight, bias, act=act, layer_scale=layer_scale, residual=residual)

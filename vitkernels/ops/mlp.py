@@ -3,8 +3,10 @@
 from torch import Tensor
 
 from .. import _select
+from ..reference.linear import ACTIVATIONS
 from . import _check
-from .linear import linear
+from .layer_norm import check_norm
+from .linear import dispatch_linear
 
 
 def why_not(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> list[str]:
@@ -47,10 +49,15 @@ def mlp(
     op = "mlp"
     _check.tensor(op, "x", x)
     width = _check.last_dim(op, "x", x)
+    check_norm(op, x, norm_weight, norm_bias, x.dtype)
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
         _check.tensor(op, name, weight)
     _check.shape(op, "fc1_weight", fc1_weight, ("F", width))
+    _check.vector(op, "fc1_bias", fc1_bias, fc1_weight.shape[0])
     _check.shape(op, "fc2_weight", fc2_weight, (width, fc1_weight.shape[0]))
+    _check.vector(op, "fc2_bias", fc2_bias, width)
+    _check.vector(op, "layer_scale", layer_scale, width)
+    _check.choice(op, "act", act, tuple(ACTIVATIONS))
     _select.use_kernel(op, x, lambda: why_not(x, fc1_weight, fc2_weight))  # raises under "fused", never True yet
-    hidden = linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
-    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x)
+    hidden = dispatch_linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
+    return dispatch_linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x)
