@@ -1,7 +1,8 @@
 """LayerNorm and add + LayerNorm against eager PyTorch: ``pytest benchmarks/ --benchmark-only``.
 
-The fused provider is checked against eager at the very shape before it is timed. On a GPU it runs under ``backend("fused")``, so
-a missing kernel fails instead of timing the fallback; on a CPU it runs under ``auto`` and every row says so.
+The fused provider is checked against eager at the very shape before it is timed. On a GPU it runs under
+``backend("fused")``, so a missing kernel fails instead of timing the fallback; on a CPU it runs under ``auto`` and every
+row says so.
 """
 
 import pytest
@@ -13,7 +14,8 @@ import vitkernels as vk
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # (B, N, D) of ViT-S/16, B/16, L/16 and So400m/14; a batch that fills a GPU, or one image on a CPU.
-SHAPES = [(256 if DEVICE == "cuda" else 1, tokens, width) for tokens, width in ((197, 384), (197, 768), (197, 1024), (256, 1152))]
+BATCH = 256 if DEVICE == "cuda" else 1
+SHAPES = [(BATCH, 197, 384), (BATCH, 197, 768), (BATCH, 197, 1024), (BATCH, 256, 1152)]
 
 
 def eager(x, residual, weight, bias):

@@ -32,9 +32,7 @@ def test_attention_is_the_formula(queries, keys, head_dim):
 @pytest.mark.parametrize("shape", [(2, 3, 7, 9), (1, 3, 7, 9), (2, 1, 1, 9), (7, 9), (1, 1, 1, 1)])
 def test_bias_broadcasts(shape):
     q, k, v, bias = heads(2, 7, 3, 16), heads(2, 9, 3, 16), heads(2, 9, 3, 16), torch.randn(shape)
-    torch.testing.assert_close(
-        vk.ops.attention(q, k, v, bias=bias).double(), formula(q, k, v, bias=bias), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(vk.ops.attention(q, k, v, bias=bias).double(), formula(q, k, v, bias=bias), atol=1e-5, rtol=1e-5)
 
 
 def test_minus_infinity_masks_keys_and_a_fully_masked_row_gives_zeros_and_zero_gradients():

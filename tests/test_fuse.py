@@ -108,7 +108,7 @@ def test_nested_models_are_found():
 def test_a_model_without_a_vit_block_is_refused_with_what_was_found():
     with pytest.raises(ValueError, match=r"contains no timm.models.vision_transformer.Block .*\(blocks found: none\)"):
         vk.fuse(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="blocks found: .*EvaBlock"):
+    with pytest.raises(ValueError, match=r"blocks found: .*EvaBlock"):
         vk.fuse(timm.create_model("eva02_tiny_patch14_224", depth=1))
 
 

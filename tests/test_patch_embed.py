@@ -60,25 +60,29 @@ def test_fused_raises_and_says_that_there_is_no_kernel_yet():
         vk.ops.patch_embed(torch.zeros(1, 3, 16, 16), torch.zeros(8, 3, 16, 16))
 
 
-I, W = torch.zeros(1, 3, 32, 32), torch.zeros(8, 3, 16, 16)
+X, W = torch.zeros(1, 3, 32, 32), torch.zeros(8, 3, 16, 16)
 MEAN = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: vk.ops.patch_embed(I[:, :, :30], W), ValueError, "images of 30x32 do not divide into patches of 16x16.*pad"),
-        (lambda: vk.ops.patch_embed(I[:, :2], W), ValueError, r"images must have shape \(B, 3, H, W\), got \(1, 2, 32, 32\)"),
-        (lambda: vk.ops.patch_embed(I[0], W), ValueError, "images must have shape"),
-        (lambda: vk.ops.patch_embed(I.int(), W), TypeError, "images must be of dtype .*uint8, got int32"),
-        (lambda: vk.ops.patch_embed(I, W, MEAN), ValueError, r"bias must have shape \(8\)"),
-        (lambda: vk.ops.patch_embed(I, W, prefix_tokens=torch.zeros(2, 1, 8)), ValueError, r"prefix_tokens must have shape"),
-        (lambda: vk.ops.patch_embed(I, W, pos_embed=torch.zeros(1, 5, 8)), ValueError, r"pos_embed must have shape \(1, 4, 8\)"),
-        (lambda: vk.ops.patch_embed(I.byte(), W), ValueError, "mean and std belong to uint8"),
-        (lambda: vk.ops.patch_embed(I.byte(), W, mean=MEAN), ValueError, "mean and std belong to uint8"),
-        (lambda: vk.ops.patch_embed(I, W, mean=MEAN, std=MEAN), ValueError, "mean and std belong to uint8"),
-        (lambda: vk.ops.patch_embed(I, W, mean=MEAN), ValueError, "mean and std belong to uint8"),
-        (lambda: vk.ops.patch_embed(I.byte(), W, mean=MEAN[:2], std=MEAN), ValueError, r"mean must have shape \(3\)"),
+        (lambda: vk.ops.patch_embed(X[:, :, :30], W), ValueError, "images of 30x32 do not divide into patches of 16x16.*pad"),
+        (lambda: vk.ops.patch_embed(X[:, :2], W), ValueError, r"images must have shape \(B, 3, H, W\), got \(1, 2, 32, 32\)"),
+        (lambda: vk.ops.patch_embed(X[0], W), ValueError, "images must have shape"),
+        (lambda: vk.ops.patch_embed(X.int(), W), TypeError, "images must be of dtype .*uint8, got int32"),
+        (lambda: vk.ops.patch_embed(X, W, MEAN), ValueError, r"bias must have shape \(8\)"),
+        (lambda: vk.ops.patch_embed(X, W, prefix_tokens=torch.zeros(2, 1, 8)), ValueError, r"prefix_tokens must have shape"),
+        (
+            lambda: vk.ops.patch_embed(X, W, pos_embed=torch.zeros(1, 5, 8)),
+            ValueError,
+            r"pos_embed must have .*\(1, 4, 8\)",
+        ),
+        (lambda: vk.ops.patch_embed(X.byte(), W), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.ops.patch_embed(X.byte(), W, mean=MEAN), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.ops.patch_embed(X, W, mean=MEAN, std=MEAN), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.ops.patch_embed(X, W, mean=MEAN), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.ops.patch_embed(X.byte(), W, mean=MEAN[:2], std=MEAN), ValueError, r"mean must have shape \(3\)"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

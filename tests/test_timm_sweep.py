@@ -1,4 +1,4 @@
-"""Every timm ViT of plain blocks, two blocks deep: fused equals stock, outputs and all gradients. ``pytest -m slow``, 10 minutes.
+"""Every timm ViT of plain blocks, two blocks deep: fused equals stock, outputs and all gradients. ``pytest -m slow``.
 
 ``timm_vits.txt`` lists the names of timm 1.0.31 whose blocks all are the plain ``Block``: any head_dim, LayerScale, the three
 GELUs, NaFlex masks.

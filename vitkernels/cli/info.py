@@ -43,7 +43,7 @@ def _extension() -> dict[str, Any]:
     except ImportError as error:
         return {"available": False, "reason": f"vitkernels._C is there but does not load: {error}"}
     if module is None:
-        reason = "vitkernels._C is missing: vitkernels was installed without a C++ compiler (PyTorch's operators serve)"
+        reason = "vitkernels._C is missing: installed without a C++ compiler, or run from a source tree without building"
         return {"available": False, "reason": reason}
     return {"available": True, "build_info": module.build_info()}
 

@@ -15,7 +15,7 @@ _KNOWN_SIGNATURE = ("self", "x", "attn_mask", "is_causal")
 
 
 def fuse_classes(model: nn.Module) -> None:
-    """Give the modules of ``model`` that have an exact timm class the fused one; ``RuntimeError`` if timm's block is unknown."""
+    """Give modules of an exact timm class the fused one; ``RuntimeError`` if timm's block is not as known."""
     signature = tuple(inspect.signature(FusedBlock.stock.forward).parameters)
     if signature != _KNOWN_SIGNATURE:
         raise RuntimeError(f"this timm's Block.forward takes {signature}, vitkernels knows {_KNOWN_SIGNATURE}")
