@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..ops import attention, attention_qkv, linear, mlp
 from . import _guard
 
-for _leaf in ("_attention", "linear", "mlp"):
+for _leaf in ("_attention", "_attention_packed", "linear", "mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -78,14 +78,14 @@ class FusedBlock(Block):
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
 
-        heads = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))
-        heads = heads.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # (B, N, 3, H, Dh)
+        packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
         q_norm, k_norm = attn.q_norm, attn.k_norm
-        if type(q_norm) is not nn.Identity or type(k_norm) is not nn.Identity:
-            q, k, v = heads.unbind(2)
-            heads = q_norm(q), k_norm(k), v
-        heads = _attention(heads, attn_mask, is_causal)  # (B, N, H, Dh)
-        x = self._add(x, self.drop_path1, heads.flatten(2), attn.proj, self.ls1)
+        if type(q_norm) is nn.Identity and type(k_norm) is nn.Identity:
+            heads = _attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
+        else:
+            q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
+            heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
+        x = self._add(x, self.drop_path1, heads, attn.proj, self.ls1)
 
         if _drops(self.drop_path2):
             hidden = linear(x, fc1.weight, fc1.bias, act=act, norm=_norm(norm2))
@@ -112,7 +112,8 @@ class FusedBlock(Block):
             for name in ("drop1", "drop2"):
                 reasons += _dropout(f"mlp.{name}", feed_forward._modules.get(name))
         for name in ("norm1", "norm2"):
-            if getattr(self._modules.get(name), "_fast_norm", False):
+            norm = self._modules.get(name)
+            if norm is not None and norm.__dict__.get("_fast_norm"):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
         return reasons
 
@@ -133,15 +134,21 @@ def _dropout(path: str, module: nn.Module | None) -> list[str]:
     return [f"{path} is active"] if type(module) is nn.Dropout and module.training and module.p > 0.0 else []
 
 
-def _attention(heads: Tensor | tuple[Tensor, Tensor, Tensor], attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Attention of a packed (B, N, 3, H, Dh) or of q, k, v. A leaf for torch.fx, to which mask and flag may be proxies."""
-    packed = isinstance(heads, Tensor)
-    if is_causal:  # no ViT's own forward asks for it
-        q, k, v = (t.transpose(1, 2) for t in (heads.unbind(2) if packed else heads))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=True).transpose(1, 2)
-    if packed:
-        return attention_qkv(heads, bias=attn_mask)
-    return attention(*heads, bias=attn_mask)
+# Leaves for torch.fx, to which mask and flag may be proxies. They return (B, N, H*Dh).
+
+
+def _attention_packed(qkv: Tensor, num_heads: int, head_dim: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    qkv = qkv.view(*qkv.shape[:-1], 3, num_heads, head_dim)
+    if is_causal:
+        return _attention(*qkv.unbind(2), attn_mask, is_causal)
+    return attention_qkv(qkv, bias=attn_mask).flatten(2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    if not is_causal:
+        return attention(q, k, v, bias=attn_mask).flatten(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # no ViT's own forward asks for a causal mask, so no kernel has one
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def _drops(drop_path: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Argument checks shared by the public operators. Each error names the argument, what came and what is accepted."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLO
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """``value`` has the expected shape; a letter stands for any size (``("B", "N", 768)``)."""
-    if value.shape == expected:
-        return
-    if value.dim() != len(expected) or any(
-        size != want for size, want in zip(value.shape, expected, strict=True) if not isinstance(want, str)
-    ):
-        wanted = ", ".join(str(want) for want in expected)
-        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
+    sizes = value.shape
+    if len(sizes) == len(expected):
+        for size, want in zip(sizes, expected, strict=True):
+            if size != want and not isinstance(want, str):
+                break
+        else:
+            return
+    wanted = ", ".join(str(want) for want in expected)
+    raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(sizes)}")
 
 
 def vector(op: str, name: str, value: Tensor | None, size: int) -> None:
@@ -51,7 +54,7 @@ def last_dim(op: str, name: str, value: Tensor) -> int:
     return value.shape[-1]
 
 
-def choice(op: str, name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+def choice(op: str, name: str, value: Any, accepted: Collection[Any]) -> None:
     """``value`` is one of ``accepted``."""
     if value not in accepted:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

@@ -53,10 +53,6 @@ def attention(
         for name, t in (("k", k), ("v", v)):
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
-    return _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen)
-
-
-def _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen) -> Tensor:
     _select.use_kernel("attention", q, lambda: why_not(q, k, v, bias, cu_seqlens))  # raises under "fused", never True yet
     return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
@@ -84,9 +80,12 @@ def attention_qkv(
     _check.tensor("attention_qkv", "qkv", qkv)
     expected = ("B", "N", 3, "H", "Dh") if cu_seqlens is None else ("total", 3, "H", "Dh")
     _check.shape("attention_qkv", "qkv", qkv, expected)
-    q, k, v = qkv.unbind(-3)
-    _check_masks("attention_qkv", q, k, bias, cu_seqlens)
-    return _dispatch(q, k, v, scale, bias, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None or bias is not None:
+        q, k, _ = qkv.unbind(-3)
+        _check_masks("attention_qkv", q, k, bias, cu_seqlens)
+    # raises under "fused", never True yet
+    _select.use_kernel("attention_qkv", qkv, lambda: why_not(*qkv.unbind(-3), bias, cu_seqlens))
+    return reference.attention_qkv(qkv, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
 
 def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:

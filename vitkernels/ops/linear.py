@@ -50,7 +50,7 @@ def linear(
     _check.tensor(op, "x", x)
     _check.tensor(op, "weight", weight)
     _check.shape(op, "weight", weight, ("N", _check.last_dim(op, "x", x)))
-    _check.choice(op, "act", act, tuple(ACTIVATIONS))
+    _check.choice(op, "act", act, ACTIVATIONS)
     _check.vector(op, "bias", bias, weight.shape[0])
     _check.vector(op, "layer_scale", layer_scale, weight.shape[0])
     if residual is not None:

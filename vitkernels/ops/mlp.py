@@ -57,7 +57,7 @@ def mlp(
     _check.shape(op, "fc2_weight", fc2_weight, (width, fc1_weight.shape[0]))
     _check.vector(op, "fc2_bias", fc2_bias, width)
     _check.vector(op, "layer_scale", layer_scale, width)
-    _check.choice(op, "act", act, tuple(ACTIVATIONS))
+    _check.choice(op, "act", act, ACTIVATIONS)
     _select.use_kernel(op, x, lambda: why_not(x, fc1_weight, fc2_weight))  # raises under "fused", never True yet
     hidden = dispatch_linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
     return dispatch_linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x)

@@ -24,18 +24,17 @@ def attention(
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.attention``; ``max_seqlen`` is a hint that only kernels need."""
     if cu_seqlens is None:
-        return _attention_dense(q, k, v, scale, bias)
+        return _dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
     images = [
-        _attention_dense(q[None, a:b], k[None, a:b], v[None, a:b], scale, None)[0]
-        for a, b in itertools.pairwise(cu_seqlens.tolist())
+        attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
     return torch.cat(images) if images else torch.empty_like(q)
 
 
-def _attention_dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+    """Heads first, (B, H, N, Dh), as views."""
     if bias is not None and bias.dtype not in (torch.bool, q.dtype) and not torch.is_autocast_enabled(q.device.type):
         bias = bias.to(q.dtype)  # scaled_dot_product_attention accepts no other; autocast casts by itself
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, N, Dh), as views
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).contiguous()  # (B, N, H, Dh)
 
@@ -49,5 +48,8 @@ def attention_qkv(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """``attention`` of a packed projection. See ``vitkernels.ops.attention_qkv``."""
-    q, k, v = qkv.unbind(-3)
+    if cu_seqlens is None:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # timm's own views, (B, H, N, Dh)
+        return _dense(q, k, v, scale, bias)
+    q, k, v = qkv.unbind(1)
     return attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
