@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A module whose tests run kernels has `pytestmark = KERNEL_TESTS`: interpreted without a GPU, run by `-m gpu` with one.
 KERNEL_TESTS = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+def timm_since(version: str, what: str) -> pytest.MarkDecorator:
+    """Skip a test of something that timm has since ``version`` (we support it from 1.0.26 on)."""
+    mine, wanted = (tuple(int(part) for part in v.split(".")[:3]) for v in (metadata.version("timm"), version))
+    return pytest.mark.skipif(mine < wanted, reason=f"timm {version} brought {what}")
 
 
 @contextlib.contextmanager

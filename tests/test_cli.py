@@ -492,7 +492,7 @@ def test_bad_requests(capsys, arguments, message):
         (("--checkpoint", "FOLDER/broken.safetensors"), "cannot be read as weights"),
         (("--attention-map", "/no/such/folder/a.png"), "its folder does not exist"),
         (("--model", "vit_nonsense"), "unknown model"),
-        (("--model", "test_vit_relpos"), "no pretrained weights"),
+        (("--model", "vit_small_patch16_36x1_224"), "no pretrained weights"),
     ],
 )
 def test_bad_classify_requests(capsys, photos, checkpoints, arguments, message):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from helpers import assert_within_budget
+from helpers import assert_within_budget, timm_since
 from test_timm_contract import (
     SMALL,
     assert_same,
@@ -50,6 +50,7 @@ def test_forward_intermediates_with_a_mask():
     assert ran == 2
 
 
+@timm_since("1.0.28", "intermediates of packed patches")
 def test_forward_intermediates_of_a_naflexvit():
     stock, fused = stock_and_fused("naflexvit_base_patch16_gap", img_size=None)
     batch = naflex_batch()

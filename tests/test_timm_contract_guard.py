@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from helpers import timm_since
 from test_timm_contract import (
     assert_modified_alike,
     assert_runs_fused,
@@ -306,6 +307,7 @@ def test_fast_norm_set_after_fuse_runs_timms_forward():
     assert ran == 1
 
 
+@timm_since("1.0.28", "gated attention")
 def test_gated_attention_is_not_fused():
     def modify(model):
         model.blocks[1].attn.gate = nn.Linear(64, 64)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import timm_since
 from timm.layers import HybridEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as Stock
@@ -403,6 +404,7 @@ def test_attention_masks_reach_the_blocks():
     assert not torch.allclose(ours(x), ours(x, attn_mask=mask))
 
 
+@timm_since("1.0.31", "_model_args")
 def test_timms_factory_builds_it_and_its_model_arguments_stay_json(monkeypatch):
     monkeypatch.setattr("timm.models.vision_transformer.VisionTransformer", vk.VisionTransformer)
     arguments = {"img_size": 32, "num_classes": 5, "representation_size": 48, "pos_embed": "sincos2d"}
