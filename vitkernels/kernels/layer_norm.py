@@ -11,15 +11,29 @@ two-pass statistics there, 16-byte accesses, and no atomics: a backward program 
 in registers and writes one partial sum, which a second kernel adds up in a fixed order.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import multiprocessors
+
+if TYPE_CHECKING:
+    from ._aot import Shape
+
 # float32 elements of one tensor that a thread holds: 16 keeps the backward (six live tensors) near 128 registers.
 ELEMENTS_PER_THREAD = 16
+
+# The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
+WRITES = {
+    "_layer_norm_fwd_kernel": ("y_ptr", "stream_ptr", "mean_ptr", "rstd_ptr"),
+    "_layer_norm_bwd_kernel": ("dresidual_ptr", "dx_ptr", "dweight_ptr", "dbias_ptr", "dlayer_scale_ptr"),
+    "_parameter_gradients_kernel": ("dweight_ptr", "dbias_ptr", "dlayer_scale_ptr"),
+}
 
 
 @triton.jit
@@ -260,10 +274,9 @@ def _tile(D: int) -> dict[str, int]:
 
 
 def _num_backward_programs(device: torch.device, num_tiles: int, num_warps: int) -> int:
-    # 16 warps an SM are what the register file holds of this kernel (at most 128 a thread), and their loads in flight
-    # (32 KB) cover the latency; the partial sums of so few programs are below 3% of the bytes.
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(num_tiles, sms * 16 // num_warps)
+    # One wave: 12 warps an SM are what the register file holds of the widest variant (168 registers a thread: autocast with
+    # LayerScale). Their loads in flight (24 KB) cover the latency, and their partial sums are below 3% of the bytes.
+    return min(num_tiles, multiprocessors(device) * max(1, 12 // num_warps))
 
 
 def launch_layer_norm_fwd(
@@ -414,8 +427,38 @@ def _launch_bwd(
     if any(t is not None for t in sums):  # with no rows at all it writes the zeros
         block_d = 32
         _parameter_gradients_kernel[(triton.cdiv(D, block_d), 3)](
-            *partials, *sums, programs, D, BLOCK_P=32, BLOCK_D=block_d, num_warps=4
+            *partials, *sums, programs, D, BLOCK_P=32, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True
         )
     empty = torch.empty(0, dtype=stream.dtype, device=stream.device)
     dweight, dbias, dlayer_scale = (empty.clone() if t is None else t for t in sums)
     return dweight, dbias, dlayer_scale
+
+
+def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and launch on ``meta`` tensors of every configuration that dispatch can choose for a ViT of this shape.
+
+    Each launch is forward and backward: bfloat16 throughout, and autocast's mix of a bfloat16 branch, a float32 stream and
+    float32 parameters; alone, with the residual add, and with LayerScale too.
+    """
+    for dtypes, dtype in (("bf16", torch.bfloat16), ("autocast", torch.float32)):
+        name = f"D={shape.width} {dtypes}"
+        stream = torch.empty(shape.train_batch, shape.tokens, shape.width, dtype=dtype, device="meta")
+        yield name, partial(_aot_layer_norm, stream)
+        yield f"{name} add", partial(_aot_add_layer_norm, stream, layer_scale=False)
+        yield f"{name} add scaled", partial(_aot_add_layer_norm, stream, layer_scale=True)
+
+
+def _aot_layer_norm(x: Tensor) -> None:
+    weight = bias = x.new_empty(x.shape[-1])
+    y, mean, rstd = launch_layer_norm_fwd(x, weight, bias, 1e-6, x.dtype)
+    launch_layer_norm_bwd(y, x, weight, bias, mean, rstd, True, True)
+
+
+def _aot_add_layer_norm(residual: Tensor, layer_scale: bool) -> None:
+    x = residual.new_empty(residual.shape, dtype=torch.bfloat16)
+    weight = bias = x.new_empty(x.shape[-1], dtype=residual.dtype)
+    gamma = weight if layer_scale else None
+    y, stream, mean, rstd = launch_add_layer_norm_fwd(x, residual, weight, bias, gamma, 1e-6, residual.dtype, residual.dtype)
+    launch_add_layer_norm_bwd(
+        y, stream, stream, x if layer_scale else None, weight, bias, gamma, mean, rstd, x.dtype, residual.dtype, True, True
+    )

@@ -1,0 +1,310 @@
+"""``vitkernels roofline``: counts against closed formulas, launches against what the interpreter saw touched, bad requests."""
+
+import json
+from types import SimpleNamespace
+
+import interpreter
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+
+import vitkernels
+from vitkernels.cli import _ledger, main, roofline
+from vitkernels.cli._chips import CHIPS
+from vitkernels.cli._workloads import WORKLOADS
+from vitkernels.kernels import _recorder
+from vitkernels.kernels import layer_norm as kernels
+
+H200 = CHIPS["h200"]
+SIZES = {w.name: w for w in WORKLOADS if w.name in ("S/16", "B/16", "L/16")}
+# Units of one block, F = 4 D, in order. LN, qkv, attention, proj, add, LN, fc1, GELU, fc2, add:
+EAGER = [1 + 1, 1 + 3, 3 + 1, 1 + 1, 2 + 1, 1 + 1, 1 + 4, 4 + 4, 4 + 1, 2 + 1]
+assert sum(EAGER) == 38
+# A float32 stream counts 2: LN, cast, qkv, attention, proj, add, LN, cast, fc1, GELU, fc2, add (weights' casts are not units).
+AUTOCAST = [2 + 2, 2 + 1, 1 + 3, 3 + 1, 1 + 1, 1 + 2 + 2, 2 + 2, 2 + 1, 1 + 4, 4 + 4, 4 + 1, 1 + 2 + 2]
+assert sum(AUTOCAST) == 52
+# fc2 (dx, dW, db), GELU, fc1, LN, add, proj, attention (q k v o do -> dq dk dv), stack and clone of them, qkv, LN, add.
+BACKWARD = [5, 5, 1, 12, 5, 5, 4, 3, 3, 2, 2, 1, 8, 6, 6, 4, 4, 3, 3, 3]
+
+
+@pytest.fixture(autouse=True)
+def _compiling(monkeypatch):
+    """Dispatch on ``meta`` tensors as in a user's process; the launchers' kernels are recorded, never run."""
+    monkeypatch.setattr(vitkernels._env, "INTERPRETING", False)
+
+
+def model(name, dtype=torch.bfloat16):
+    with torch.device("meta"):
+        return timm.create_model(name, depth=2).to(dtype).eval()
+
+
+def counted(workload, batch=4, fused=False, train=False, autocast=False):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    vit = model(workload.timm_name, dtype)
+    block = (vitkernels.fuse(vit) if fused else vit).blocks[0]
+    x = torch.empty(batch, workload.tokens, workload.width, dtype=dtype, device="meta", requires_grad=train)
+    return _ledger.count(block, (x,), {}, H200, train=train, autocast=autocast), 2 * x.numel()
+
+
+def units(operators, unit):
+    return [o.activation_bytes / unit for o in operators]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eager_forward_is_38_units_and_the_closed_flops(size):
+    w = SIZES[size]
+    count, unit = counted(w)
+    statistics = 2 * 4 / (2 * w.width)  # mean and rstd of a LayerNorm, float32
+    expected = [u + (statistics if u == 2 and i in (0, 5) else 0) for i, u in enumerate(EAGER)]
+    assert units(count.forward, unit) == pytest.approx(expected)
+    assert sum(units(count.forward, unit)) == pytest.approx(38 + 2 * statistics)
+    rows = 4 * w.tokens
+    flops = 2 * rows * (4 * w.width**2 + 2 * w.width * w.hidden) + 4 * rows * w.tokens * w.width
+    assert sum(o.flops for o in count.forward) == flops
+    weights = 2 * (12 * w.width**2 + 9 * w.width) + 2 * 4 * w.width
+    assert sum(o.parameter_bytes for o in count.forward) == weights
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eager_training_saves_16_units_and_moves_85_back(size):
+    w = SIZES[size]
+    count, unit = counted(w, train=True)
+    statistics, lse = 2 * 4 / (2 * w.width), 4 * w.num_heads / (2 * w.width)
+    assert count.saved_bytes / unit == pytest.approx(16 + 2 * statistics + lse)
+    extra = {7: statistics, 18: statistics, 12: lse}
+    assert units(count.backward, unit) == pytest.approx([u + extra.get(i, 0) for i, u in enumerate(BACKWARD)])
+    rows = 4 * w.tokens
+    products = 2 * 2 * rows * (4 * w.width**2 + 2 * w.width * w.hidden) + 10 * rows * w.tokens * w.width
+    assert sum(o.flops for o in count.backward) == products  # attention computes its logits again
+
+
+def test_autocast_is_52_units():
+    w = SIZES["B/16"]
+    count, unit = counted(w, autocast=True)
+    moved = [u for u in units(count.forward, unit) if u > 0]
+    assert sum(moved) == pytest.approx(52 + 2 * 8 / (2 * w.width))
+    assert [round(u) for u in moved] == AUTOCAST
+
+
+def test_the_fused_block_is_counted_by_launch():
+    w = SIZES["B/16"]
+    count, unit = counted(w, fused=True, train=True)
+    names = [o.name for o in (*count.forward, *count.backward) if o.ours]
+    assert names == ["layer_norm_fwd"] * 2 + ["layer_norm_bwd", "parameter_gradients"] * 2
+    assert [round(u) for u in units(count.forward, unit)] == EAGER  # one for one, until the GEMMs have epilogues
+    backward = next(o for o in count.backward if o.name == "layer_norm_bwd")
+    programs = min(-(-4 * w.tokens // 2), 132 * 16 // 4)  # tiles of two rows
+    partial_sums = 2 * programs * w.width * 4
+    assert backward.written_bytes == unit + partial_sums
+    assert next(o for o in count.backward if o.name == "parameter_gradients").read_bytes == partial_sums
+
+
+def test_an_extra_pass_changes_the_count(monkeypatch):
+    original = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x, **kwargs: original(self, x * 2, **kwargs))
+    count, unit = counted(SIZES["S/16"])
+    assert sum(units(count.forward, unit)) == pytest.approx(40 + 2 * 8 / (2 * 384))
+    assert count.forward[0].name == "mul"
+
+
+def test_an_extra_launch_changes_the_count(monkeypatch):
+    original = kernels.launch_layer_norm_fwd
+
+    def twice(x, *rest):
+        return original(original(x, *rest)[0].contiguous(), *rest)
+
+    before, unit = counted(SIZES["S/16"], fused=True)
+    monkeypatch.setattr(kernels, "launch_layer_norm_fwd", twice)
+    after, _ = counted(SIZES["S/16"], fused=True)
+    assert len(after.forward) == len(before.forward) + 2
+    assert sum(units(after.forward, unit)) - sum(units(before.forward, unit)) == pytest.approx(2 * (2 + 8 / (2 * 384)))
+
+
+def test_what_a_launcher_asks_of_pytorch_counts():
+    """A gradient that is not contiguous is copied before the kernel reads it."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            return vitkernels.ops.layer_norm(x).transpose(0, 1).contiguous()
+
+    x = torch.empty(2, 8, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    count = _ledger.count(Norm(), (x,), {}, H200, train=True)
+    assert [o.name for o in count.forward] == ["layer_norm_fwd", "clone"]
+    assert [o.name for o in count.backward] == ["clone", "layer_norm_bwd"]
+
+
+def test_layer_norm_packs_a_stream_that_is_not_contiguous():
+    """Without a class token timm's stream is channel-major, and CUDA's layer_norm copies it first; ours is packed at once."""
+    found = roofline._model("vit_base_patch16_siglip_256", 2, H200)
+    assert found["eager"]["forward_units_per_block"] == pytest.approx(38 + 4, abs=0.1)
+    assert found["fused"]["forward_units_per_block"] == pytest.approx(38, abs=0.1)
+    assert [row["operator"] for row in found["eager"]["block"]["forward"]][:2] == ["contiguous", "native_layer_norm"]
+
+
+class Rule(nn.Module):
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x):
+        return self.rule(x)
+
+
+@pytest.mark.parametrize(
+    ("rule", "read", "written"),
+    [
+        (lambda x: x.view(8, 2).t()[1:], 0, 0),
+        (lambda x: x * x, 64, 64),
+        (lambda x: x + x[:, :1].expand(4, 4), 64 + 16, 64),
+        (lambda x: torch.empty_like(x).copy_(x), 64, 64),
+        (lambda x: x.clone().add_(1), 64 + 64, 64 + 64),
+        (lambda x: x.sum(0), 64, 16),
+    ],
+    ids=["views are free", "one tensor counts once", "broadcast", "copy", "in place", "reduction"],
+)
+def test_the_rules_of_counting(rule, read, written):
+    count = _ledger.count(Rule(rule), (torch.empty(4, 4, device="meta"),), {}, H200)
+    assert sum(o.read_bytes for o in count.forward) == read
+    assert sum(o.written_bytes for o in count.forward) == written
+
+
+# One launch of each kernel: the recorder's bytes are those that the interpreter's bounds checker saw touched.
+
+ROWS, WIDTH = 10, 200  # neither fills its tile
+
+
+def _layer_norm(dtype, needs):
+    x, weight, bias = torch.randn(ROWS, WIDTH, dtype=dtype), torch.randn(WIDTH), torch.randn(WIDTH)
+    y, mean, rstd = kernels.launch_layer_norm_fwd(x, weight, bias, 1e-6, dtype)
+    kernels.launch_layer_norm_bwd(torch.randn_like(y), x, weight, bias, mean, rstd, needs, needs)
+
+
+def _add_layer_norm(dtype, needs):
+    x, residual = torch.randn(ROWS, WIDTH, dtype=dtype), torch.randn(ROWS, WIDTH)
+    weight, bias, gamma = torch.randn(3, WIDTH).unbind()
+    y, stream, mean, rstd = kernels.launch_add_layer_norm_fwd(
+        x, residual, weight, bias, gamma if needs else None, 1e-6, torch.float32, dtype
+    )
+    kernels.launch_add_layer_norm_bwd(
+        torch.randn_like(y), torch.randn_like(stream), stream, x if needs else None, weight, bias, gamma if needs else None,
+        mean, rstd, dtype, torch.float32, needs, needs,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not interpreter._installed, reason="the interpreter sees what a launch touches")
+@pytest.mark.parametrize("launches", [_layer_norm, _add_layer_norm])
+@pytest.mark.parametrize("needs", [True, False], ids=["gradients", "no parameter gradients"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_launch_counts_the_bytes_that_it_touches(launches, needs, dtype):
+    with interpreter.record_traffic() as touched:
+        launches(dtype, needs)
+    recorded = SimpleNamespace(kernels=[], read=0, written=0)
+
+    def record(kernel, reads, writes):
+        recorded.kernels.append(kernel)
+        recorded.read += sum(map(_ledger._bytes, reads))
+        recorded.written += sum(map(_ledger._bytes, writes))
+
+    with _recorder.recording(record):
+        launches(dtype, needs)
+    expected = ["_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_parameter_gradients_kernel"]
+    assert recorded.kernels == (expected if needs else expected[:2])
+    assert (recorded.read, recorded.written) == (touched.read_bytes, touched.written_bytes)
+
+
+def test_a_kernel_that_declares_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "WRITES", {"_layer_norm_fwd_kernel": kernels.WRITES["_layer_norm_fwd_kernel"]})
+    original = kernels._layer_norm_fwd_kernel
+    with pytest.raises(RuntimeError, match="does not declare _layer_norm_bwd_kernel"), _recorder.recording(print):
+        pass
+    assert kernels._layer_norm_fwd_kernel is original
+
+
+# The command.
+
+
+def document(capsys, *arguments):
+    assert main(["roofline", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_of_a_workload(capsys):
+    found = document(capsys, "small", "--batch", "8")
+    vit = found["models"]["vit_small_patch16_224"]
+    assert vit["shape"] == {
+        "tokens": 197, "width": 384, "depth": 12, "input_size": [3, 224, 224], "unit_bytes": 8 * 197 * 384 * 2
+    }  # fmt: skip
+    assert vit["eager"]["forward_units_per_block"] == pytest.approx(38, abs=0.1)
+    assert vit["eager"]["saved_units_per_block"] == pytest.approx(16, abs=0.1)
+    assert vit["autocast"]["forward_units_per_block"] == pytest.approx(52, abs=0.1)
+    assert list(vit["plans"]) == ["layer_norm"]
+    assert vit["plans"]["layer_norm"]["forward_units_per_block"] == vit["fused"]["forward_units_per_block"]
+    forward = vit["eager"]["model"]["forward"]
+    assert forward["flops"] / 8 == pytest.approx(9.20e9, rel=2e-3)  # PERFORMANCE, section 1
+    assert forward["units"] > 12 * vit["eager"]["forward_units_per_block"]
+    assert vit["eager"]["model"]["saved_bytes"] > 12 * 16 * vit["shape"]["unit_bytes"]
+    row = vit["eager"]["block"]["forward"][0]
+    assert row["operator"] == "native_layer_norm"
+    assert row["floor_us"] == pytest.approx((row["read_bytes"] + row["written_bytes"]) / 4.8e6)
+
+
+def test_measured_rates_reproduce_the_additive_model(capsys):
+    found = document(capsys, "base", "--tflops", "790", "--gbs", "4300", "--batch", "8")
+    assert found["chip"]["source"] == "TFLOP/s measured, GB/s measured"
+    rows = {row["batch"]: row for row in found["models"]["vit_base_patch16_224"]["predicted_images_per_s"]}
+    assert list(rows) == [1, 8, 64, 256]
+    assert rows[256]["eager"] == pytest.approx(13_500, rel=0.03)  # PERFORMANCE, section 1
+    assert rows[256]["ideal"] == pytest.approx(22_500, rel=0.01)
+    assert rows[1]["eager_bound"] == "host"
+
+
+def test_a_model_that_cannot_be_fused_says_why(capsys):
+    vit = document(capsys, "vit_base_patch16_dinov3", "--batch", "1")["models"]["vit_base_patch16_dinov3"]
+    assert "cannot be fused" in vit["fused"]["not_fused"]
+    assert vit["plans"] == {}
+    assert vit["fused"]["forward_units_per_block"] == vit["eager"]["forward_units_per_block"]
+
+
+def test_without_a_name_every_workload_is_counted(monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "_model", lambda name, batch, chip: {"name": name})
+    assert list(document(capsys)["models"]) == [w.timm_name for w in WORKLOADS]
+
+
+def test_tables_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "roofline.png"
+    assert main(["roofline", "test_vit", "--chip", "a100", "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "layer_norm_fwd (ours)" in out
+    assert "312 TFLOP/s, 2039 GB/s (NVIDIA A100 datasheet" in out
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_of_my_dreams"], "unknown model 'vit_of_my_dreams'"),
+        (["resnet18"], "resnet18 has no transformer blocks to count"),
+        (["swin_tiny_patch4_window7_224"], "do not take tokens"),
+        (["small", "--chip", "h300"], "invalid choice: 'h300'"),
+        (["small", "--tflops", "-1"], "'-1' is not a positive number"),
+        (["small", "--gbs", "nan"], "'nan' is not a positive number"),
+        (["small", "--plot", "roofline.txt"], "must end in .png"),
+    ],
+)
+def test_a_bad_request_is_one_line(arguments, message, capsys):
+    assert main(["roofline", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_every_chip_has_a_source(name):
+    chip = CHIPS[name]
+    assert chip.source.startswith("NVIDIA")
+    assert chip.tflops > 200
+    assert chip.gbs > 800
