@@ -5,6 +5,7 @@ import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels.ops.layer_norm import MAX_D, why_not
@@ -248,6 +249,24 @@ def test_reference_backend_is_bitwise_eager_pytorch_even_where_the_kernel_could_
         y = vk.ops.layer_norm(x, weight, bias)
     assert torch.equal(y, torch.nn.functional.layer_norm(x, (192,), weight, bias, eps=1e-6))
     assert not torch.equal(y, kernel_layer_norm(x, weight, bias)), "the two must differ for this test to mean anything"
+
+
+@pytest.mark.parametrize(("backend", "rows", "runs_kernel"), [("auto", 5461, False), ("auto", 5462, True), ("fused", 1, True)])
+def test_auto_leaves_inputs_below_8_mib_to_pytorch_because_they_are_launch_bound(backend, rows, runs_kernel):
+    """On a GPU; here tensors without data that are said to be on one, and the operators that run are listed."""
+    x = torch.empty(rows, 768, dtype=torch.bfloat16, device="meta")
+    ran = []
+
+    class Listing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with vk._select.targeting("sm_90"), vk.backend(backend), Listing():
+        vk.ops.layer_norm(x)
+        vk.ops.add_layer_norm(x, x)
+    assert ("vitkernels::layer_norm_fwd" in ran) == ("vitkernels::add_layer_norm_fwd" in ran) == runs_kernel
+    assert ("aten::native_layer_norm" in ran) != runs_kernel
 
 
 def test_fused_on_a_cpu_without_the_interpreter_raises_with_the_reason(no_interpreter):

@@ -84,8 +84,14 @@ def _architecture(device_index: int) -> str:
 _architecture._dynamo_marked_constant = True
 
 
-def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]]) -> bool:
+def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0) -> bool:
     """Decide between kernel (``True``) and reference (``False``) for one call of ``op`` on ``x``.
+
+    Args:
+        op: its name, for messages.
+        x: the tensor whose device and size decide.
+        why_not: reasons why the kernel cannot run.
+        min_bytes: under ``auto``, smaller inputs run PyTorch's operator, which costs the host less to launch.
 
     Raises:
         RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
@@ -93,6 +99,8 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]]) -> bool:
     if _backend == "reference" or (_backend == "auto" and target(x) is None):
         return False
     reasons = why_not()
+    if not reasons and _backend == "auto" and x.numel() * x.element_size() < min_bytes:
+        reasons = [f"inputs below {min_bytes / 2**20:g} MiB are launch-bound"]
     if not reasons:
         return True
     if _backend == "fused":

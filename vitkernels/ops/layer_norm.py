@@ -21,6 +21,10 @@ from . import _check
 from ._register import register
 
 MAX_D = 8192
+# A smaller x belongs to a ViT block that waits for the host: eager's ten launches (6 us each, assumed) take longer than the
+# block's device time below 4 MB (B/16) to 9 MB (S/16), and our launch costs the host about 12 us more. Derived from the
+# roofline, to be replaced by a measurement. Only the `auto` policy looks at it.
+MIN_BYTES = 8 * 2**20
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -252,7 +256,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 def dispatch_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``layer_norm`` without the checks, for callers that have made them."""
-    if _select.use_kernel("layer_norm", x, lambda: why_not(x, weight, bias)):
+    if _select.use_kernel("layer_norm", x, lambda: why_not(x, weight, bias), MIN_BYTES):
         return _LayerNorm.apply(x, weight, bias, eps, _select.norm_dtype(x, x.dtype))
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -291,7 +295,7 @@ def add_layer_norm(
     if layer_scale is not None:
         stream_dtype = torch.promote_types(stream_dtype, layer_scale.dtype)
     check_norm(op, x, weight, bias, stream_dtype)
-    if not _select.use_kernel(op, x, lambda: why_not(x, weight, bias, residual, layer_scale)):
+    if not _select.use_kernel(op, x, lambda: why_not(x, weight, bias, residual, layer_scale), MIN_BYTES):
         return reference.add_layer_norm(x, residual, weight, bias, eps, layer_scale=layer_scale)
     out_dtype = _select.norm_dtype(x, stream_dtype)
     return _AddLayerNorm.apply(x, residual, weight, bias, layer_scale, eps, stream_dtype, out_dtype)
