@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitkernels import _env
-from vitkernels.cli import _checkpoint, _measure, _models, _output, _photos, _providers, main
+from vitkernels.cli import _checkpoint, _floor, _measure, _models, _output, _photos, _providers, main
 
 PIL_Image = pytest.importorskip("PIL.Image")
 sample_images = pytest.importorskip("sklearn.datasets")
@@ -175,6 +175,8 @@ ROW = {
     "max_abs_diff",
     "peak_mem_bytes",
     "rounds",
+    "floor_ms",
+    "share_of_floor",
 }
 
 
@@ -214,6 +216,73 @@ def test_bench_document(capsys, mode, dtype):
     assert (eager["ratio_to_eager"], eager["max_abs_diff"]) == (1.0, 0.0)
     assert fused["max_abs_diff"] <= (1e-5 if dtype == "float32" else 2e-2)
     assert dtype != "float32" or autocast["max_abs_diff"] > fused["max_abs_diff"], "autocast ran without autocast"
+
+
+QUICK = ("--models", MODEL, "--batch-sizes", "2", "--rounds", "2", "--device", "cpu")
+
+
+def test_bench_shows_the_share_of_the_floor_on_a_known_gpu(capsys, monkeypatch):
+    assert main(["bench", *QUICK]) == 0
+    assert "of floor" not in capsys.readouterr().out
+    monkeypatch.setattr(_floor, "_gpu_name", lambda device: "NVIDIA H200")
+    assert main(["bench", *QUICK]) == 0
+    assert "of floor" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_rooflines_and_is_counted_on_another_model(capsys, monkeypatch):
+    """H200 and L40S differ in rates; every provider has one floor, and what was measured is on its device as before."""
+    measured = []
+    true_providers = _providers.providers
+
+    def watched(*arguments):
+        found = true_providers(*arguments)
+        measured.extend(p.model for p in found[0])
+        return found
+
+    monkeypatch.setattr("vitkernels.cli.bench.providers", watched)
+    floors = {}
+    for chip, name in (("h200", "NVIDIA H200"), ("l40s", "NVIDIA L40S")):
+        monkeypatch.setattr(_floor, "_gpu_name", lambda device, name=name: name)
+        rows = run_json(capsys, "bench", *QUICK)["rows"]
+        assert [row["provider"] for row in rows] == ["eager", "autocast", "fused"]
+        for row in rows:
+            assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
+        (floors[chip],) = {row["floor_ms"] for row in rows}
+        document = run_json(capsys, "roofline", MODEL, "--batch", "2", "--chip", chip)
+        forward = document["models"][MODEL]["eager"]["model"]["forward"]
+        assert floors[chip] == pytest.approx(forward["floor_us"] / 1000)
+    assert floors["l40s"] > 2 * floors["h200"] > 0
+    tensors = [t for model in measured for t in model.parameters()]
+    assert tensors
+    assert {(t.device.type, t.dtype) for t in tensors} == {("cpu", torch.float32)}
+
+
+@pytest.mark.parametrize(("gpu", "mode"), [(None, "infer"), ("NVIDIA GH200 480GB", "infer"), ("NVIDIA H200", "train")])
+def test_no_floor_on_a_cpu_on_an_unknown_gpu_and_in_training(capsys, monkeypatch, gpu, mode):
+    monkeypatch.setattr(_floor, "_gpu_name", lambda device: gpu)
+    for row in run_json(capsys, "bench", *QUICK, "--mode", mode)["rows"]:
+        assert (row["floor_ms"], row["share_of_floor"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "chip"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(gpu, chip):
+    assert _floor.chip_named(gpu) == chip
 
 
 def test_bench_prints_a_table_and_draws_a_plot(capsys, tmp_path):

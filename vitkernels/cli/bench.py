@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _environment, _measure, _models, _photos
+from . import _environment, _floor, _measure, _models, _photos
 from ._output import console, picture_path, progress, save_picture
 from ._providers import Provider, providers
 
 _DESCRIPTION = """
 Measure whole timm models: eager, eager under autocast, fused and, with --compile, torch.compile. All share one set of random
 weights and one batch of photographs. Rounds are interleaved, and the ratio is the median over rounds of eager's time divided
-by the provider's. A fused model is timed only after its output matched eager's at that very shape.
+by the provider's. A fused model is timed only after its output matched eager's at that very shape. "of floor", on GPUs that
+``vitkernels roofline`` knows: the time of the stock model's operators at the chip's rates, divided by the measured time.
 """
 
 
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             images, source = _photos.sample_batch(_data_config(oracle), batch)
             try:
                 measured = _measured(contestants, oracle, images.to(device), args, lambda: bar.advance(task))
-                rows += [{"model": name, "batch": batch, **row} for row in measured]
+                floor_ms = _floor_ms(name, batch, device, args.mode)  # after the measurement, which it must not disturb
+                rows += [{"model": name, "batch": batch, **row, **_share(floor_ms, row["ms"])} for row in measured]
             except torch.OutOfMemoryError:
                 errors.append(f"{name}, batch {batch}: out of GPU memory")
             except _Failed as failure:
@@ -80,6 +82,17 @@ def _cases(
         contestants, oracle = providers(name, device, getattr(torch, args.dtype), args.mode, args.compile)
         for batch in args.batch_sizes:
             yield contestants, oracle, name, batch
+
+
+def _floor_ms(name: str, batch: int, device: torch.device, mode: str) -> float | None:
+    """The roofline of the stock model's inference; None on a CPU or an unknown GPU, and in training."""
+    chip = _floor.chip_of(device) if mode == "infer" else None
+    found = _floor.inference(name, batch, chip) if chip else None
+    return found["floor_ms"] if found else None
+
+
+def _share(floor_ms: float | None, ms: float) -> dict[str, float | None]:
+    return {"floor_ms": floor_ms, "share_of_floor": floor_ms / ms if floor_ms else None}
 
 
 def _data_config(provider: Provider) -> dict[str, Any]:
@@ -145,23 +158,28 @@ def show(document: dict[str, Any]) -> None:
     rows, out = document["rows"], console()
     if rows:
         title = f"{rows[0]['mode']}, {rows[0]['dtype']} on {document['environment']['device']}"
-        right = ("images/s", "p10 - p90", "ms/batch", "vs eager", "max diff", "peak mem")
+        floors = any(row["share_of_floor"] is not None for row in rows)
+        right = ("images/s", "p10 - p90", "ms/batch", *(["of floor"] if floors else []), "vs eager", "max diff", "peak mem")
         table = Table(title=title, title_justify="left")
         for column in ("model", "batch", "provider", "path", *right):
             table.add_column(column, justify="right" if column in ("batch", *right) else "left", no_wrap=True)
         for before, row in zip([None, *rows], rows, strict=False):
             if before and (before["model"], before["batch"]) != (row["model"], row["batch"]):
                 table.add_section()
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row, floors))
         out.print(table)
         out.print(_footer(document["environment"], rows))
+        if floors:
+            out.print("floor: timm's operators in bfloat16 at the chip's datasheet rates; a fused model moves less")
 
 
-def _cells(row: dict[str, Any]) -> Iterator[str]:
+def _cells(row: dict[str, Any], floors: bool) -> Iterator[str]:
     yield from (row["model"], str(row["batch"]), row["provider"], row["path"])
     yield f"{row['images_per_s']:.1f}"
     yield f"{row['images_per_s_p10']:.1f} - {row['images_per_s_p90']:.1f}"
     yield f"{row['ms']:.2f}"
+    if floors:
+        yield "-" if row["share_of_floor"] is None else f"{row['share_of_floor']:.1%}"
     yield f"{row['ratio_to_eager']:.2f}x"
     yield "not finite" if row["max_abs_diff"] is None else f"{row['max_abs_diff']:.1e}"
     yield "-" if row["peak_mem_bytes"] is None else f"{row['peak_mem_bytes'] / 2**20:.0f} MiB"

@@ -1,0 +1,71 @@
+"""``--size``, one measurement per case, and pytest-benchmark's timer replaced by the clock that replays it."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from protocol import CLOCK, Outcome, measure
+
+from vitkernels.cli import _environment
+from vitkernels.cli._output import CommandError
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # helpers.py: the error budget is the tests'
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "how much the benchmarks measure: a first look, or every model and batch (default: small)"
+    parser.addoption("--size", choices=("small", "full"), default="small", help=text)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark asks for ``outcomes`` and ``provider``; its module has CASES(size, device) and PROVIDERS."""
+    if "outcomes" not in metafunc.fixturenames:
+        return
+    cases = metafunc.module.CASES(metafunc.config.getoption("--size"), _device().type)
+    metafunc.parametrize("outcomes", cases, ids=str, indirect=True, scope="module")
+    metafunc.parametrize("provider", metafunc.module.PROVIDERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "outcomes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK.now))
+
+
+@functools.cache
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, Any]:
+    return {**_environment.environment(), "device": str(_device()), "input": "random", "weights": "random"}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, environment: dict[str, Any]) -> dict[str, Outcome]:
+    """What became of each selected provider of one case, all measured interleaved."""
+    case, module, device = request.param, request.module, _device()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # its limit on recompilations counts across models, and beyond it eager would run silently
+    try:
+        contest = module.contest(case, device, request.config.getoption("--size"))
+    except CommandError as error:  # a model that cannot be fused has nothing to compare
+        pytest.skip(str(error))
+    found = measure(_selected(request, case), contest.build, device, case.batch, kernel=case.subject != "model")
+    work = {"subject": case.subject, "workload": case.workload.name, "batch": case.batch, "mode": case.mode}
+    for outcome in found.values():
+        row = outcome.row
+        if row:
+            extra = module.extra(case, device, row) if hasattr(module, "extra") else {}
+            row.update({**work, "dtype": module.DTYPE(device), **extra, "environment": environment})
+    return found
+
+
+def _selected(request: pytest.FixtureRequest, case: object) -> list[str]:
+    """The providers of the case that -k left, and eager."""
+    mine = [i for i in request.session.items if getattr(i, "callspec", None) and i.callspec.params.get("outcomes") == case]
+    return list(dict.fromkeys(["eager", *(item.callspec.params["provider"] for item in mine)]))

@@ -1,0 +1,235 @@
+"""``pytest benchmarks/ --benchmark-only`` works as typed, refuses wrong providers, and its report draws what it measured."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asserts what a CPU says of itself")
+CASE = "layer_norm-S_16-infer"  # selects add_layer_norm as well
+WRONG = """
+import vitkernels
+right = vitkernels.ops.layer_norm
+vitkernels.ops.layer_norm = lambda *arguments: right(*arguments) * 1.001
+"""
+
+
+def environment(*folders):
+    """Without this suite's interpreter, and without xdist's variables, under which pytest-benchmark measures nothing."""
+    ours = ("TRITON_INTERPRET", "PYTEST_")
+    path = os.pathsep.join([str(ROOT), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**{k: v for k, v in os.environ.items() if not k.startswith(ours)}, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run_benchmarks(tmp_path, *arguments, command=(sys.executable, "-m", "pytest"), folders=()):
+    file = tmp_path / "result.json"
+    typed = [*command, "benchmarks/", "--benchmark-only", f"--benchmark-json={file}", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(typed, cwd=ROOT, env=environment(*folders), capture_output=True, text=True, timeout=300)
+    rows = json.loads(file.read_text())["benchmarks"] if file.exists() and file.stat().st_size else []
+    return done, rows
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The literal command, restricted to two operators and one model at one shape."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    script = shutil.which("pytest", path=str(Path(sys.executable).parent))
+    command = (script,) if script else (sys.executable, "-m", "pytest")
+    selected = f"({CASE} and not compile) or (model and infer-b1 and (eager or fused or sdpa-math))"
+    return *run_benchmarks(folder, "-k", selected, "-rs", command=command), folder / "result.json"
+
+
+@ON_CPU
+def test_the_command_runs_benchmarks_and_every_row_says_what_ran(measured):
+    done, rows, _ = measured
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(row["extra_info"]["subject"], row["extra_info"]["provider"]) for row in rows}
+    subjects = ("layer_norm", "add_layer_norm", "model")
+    assert found == {(subject, provider) for subject in subjects for provider in ("eager", "fused")}
+    for row in rows:
+        extra = row["extra_info"]
+        assert extra["path"] == ("reference" if extra["provider"] == "fused" else "pytorch")
+        assert row["group"] == f"{extra['subject']} {extra['workload']} infer b1"
+        assert extra["dtype"] == "float32"
+        assert extra["ratio_to_eager_p10"] <= extra["ratio_to_eager"] <= extra["ratio_to_eager_p90"]
+        assert extra["ratio_to_eager"] == 1 or extra["provider"] == "fused"
+        assert extra["wall_us"] > 0
+        assert extra["device_us"] is None
+        assert extra["environment"]["torch"]
+    assert "sdpa-math" not in str(found)
+    assert "needs an NVIDIA GPU" in done.stdout  # a skip with its reason
+
+
+@ON_CPU
+def test_pytest_benchmark_shows_exactly_the_recorded_rounds(measured):
+    for row in measured[1]:
+        extra, stats = row["extra_info"], row["stats"]
+        assert stats["rounds"] == extra["rounds"] >= 5
+        assert stats["median"] * 1e6 == pytest.approx(extra["wall_us"], rel=1e-9)
+
+
+@ON_CPU
+def test_an_operator_says_what_it_must_move(measured):
+    extra = {r["extra_info"]["subject"]: r["extra_info"] for r in measured[1]}
+    assert extra["layer_norm"]["bytes"] == 2 * 197 * 384 * 4
+    assert extra["add_layer_norm"]["bytes"] == 4 * 197 * 384 * 4
+
+
+def test_a_wrong_provider_is_a_failure_and_not_a_number(tmp_path):
+    (tmp_path / "wrong_provider.py").write_text(WRONG)
+    selected = f"{CASE} and not add and (eager or fused)"
+    done, rows = run_benchmarks(tmp_path, "-p", "wrong_provider", "-k", selected, folders=[tmp_path])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "fused is wrong at this shape: output 0: relative L2 error" in done.stdout
+    assert {row["extra_info"]["provider"] for row in rows} == {"eager"}
+
+
+@pytest.fixture
+def protocol(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import protocol
+
+    return protocol
+
+
+def test_what_is_measured_is_interleaved_and_what_fails_is_not(protocol):
+    calls = []
+
+    def build(name):
+        def check():
+            assert name != "wrong", "off by one"
+
+        def step():
+            calls.append(name)
+            if name == "broken":
+                raise RuntimeError("no image")
+
+        if name == "absent":
+            raise protocol.Unavailable("not installed")
+        return protocol.Contender("pytorch", step, check, lambda: None)
+
+    names = ["eager", "wrong", "absent", "broken", "other"]
+    found = protocol.measure(names, build, torch.device("cpu"), batch=2, kernel=False)
+    assert found["wrong"].failure == "wrong is wrong at this shape: off by one"
+    assert found["absent"].unavailable == "not installed"
+    assert found["broken"].failure == "broken does not run: RuntimeError: no image"
+    assert not any(found[name].row or found[name].seconds for name in ("wrong", "absent", "broken"))
+    assert len(found["other"].seconds) == protocol.ROUNDS
+    assert calls[-2 * protocol.ROUNDS :] == ["eager", "other"] * protocol.ROUNDS
+
+
+def test_nothing_is_measured_without_eager(protocol):
+    def build(name):
+        raise protocol.Unavailable("gone")
+
+    with pytest.raises(RuntimeError, match="eager PyTorch failed"):
+        protocol.measure(["eager"], build, torch.device("cpu"), batch=1, kernel=False)
+
+
+def run_report(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_the_report_has_a_table_with_losses_and_plots_of_models(measured, tmp_path):
+    _, rows, file = measured
+    done = run_report(file, "--out", tmp_path / "plots")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\| .* \| fused \(reference\) \| ", done.stdout, re.MULTILINE)) == len(rows) / 2
+    assert not re.search(r"\| fused \|", done.stdout)  # the reference is never shown as a kernel
+    assert "No kernel ran." in done.stdout
+    assert "Floor:" not in done.stdout
+    pictures = {path.name: path.read_bytes()[:4] for path in (tmp_path / "plots").iterdir()}
+    assert pictures == {"models-infer.png": b"\x89PNG"}  # of kernels there is nothing to draw
+
+
+def test_the_report_of_a_gpu_shows_the_share_of_the_floor_and_losses(measured, tmp_path):
+    """Rows as a GPU would write them: LayerNorm took twice the floor's time, and lost to eager."""
+    document = json.loads(measured[2].read_text())
+    gpu = {"device": "cuda:0", "name": "Some GPU", "driver": None, "sm": "sm_90", "memory_bytes": 1}
+    for row in document["benchmarks"]:
+        extra = row["extra_info"]
+        extra["environment"] |= {"device": "cuda", "gpus": [gpu]}
+        if extra["subject"] == "layer_norm" and extra["provider"] == "fused":
+            microseconds = 2 * extra["bytes"] / 1000e9 * 1e6
+            extra |= {"path": "kernel", "device_us": microseconds, "ratio_to_eager": 0.8}
+        else:
+            extra["device_us"] = extra["wall_us"]
+        extra |= {"device_us_p10": extra["device_us"] * 0.9, "device_us_p90": extra["device_us"] * 1.1}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(document))
+    done = run_report(file, "--out", tmp_path / "plots", "--gbs", "1000")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("| layer_norm |") and "| fused |" in line)
+    assert "| 50% | 0.80x" in line
+    assert "1,000 GB/s" in done.stdout
+    # add_layer_norm still ran the reference: no plot of it.
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["layer_norm.png", "models-infer.png"]
+
+
+def test_the_report_shows_images_per_s_against_the_roofline(measured, tmp_path, monkeypatch):
+    """A model at a quarter of its roofline; on the CPU that really ran there is none."""
+    assert all(row["extra_info"]["ideal_images_per_s"] is None for row in measured[1] if "model" in row["group"])
+    assert "roofline" not in run_report(measured[2]).stdout.lower()
+    document = json.loads(measured[2].read_text())
+    models = [row for row in document["benchmarks"] if row["extra_info"]["subject"] == "model"]
+    for row in models:
+        extra = row["extra_info"]
+        extra |= {"images_per_s": 500.0, "images_per_s_p10": 480.0, "images_per_s_p90": 510.0, "ideal_images_per_s": 2000.0}
+    del models[0]["extra_info"]["ideal_images_per_s"]  # as in a file from before it was recorded
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"benchmarks": models}))
+    done = run_report(file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 25% of 2,000 |") == len(models) - 1
+    assert "Roofline: images/s" in done.stdout
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+
+    pytest.importorskip("matplotlib")
+    (figure,) = report.plots(report.load([file]), 1000.0).values()
+    images, ratio = figure.axes
+    lines = [c for c in images.collections if c.get_label() == "roofline"]
+    assert [float(segment[0][0]) for line in lines for segment in line.get_segments()] == [2000.0]
+    assert images.get_xlim()[1] > 2000
+    assert "roofline" not in [c.get_label() for c in ratio.collections]
+    assert "roofline" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_model_on_a_known_gpu_records_its_roofline(protocol, monkeypatch):
+    import bench_models
+    import workloads
+
+    from vitkernels.cli import _floor
+
+    monkeypatch.setattr(_floor, "_gpu_name", lambda device: "NVIDIA H200")
+    device = torch.device("cpu")
+    found = {c.mode: bench_models.extra(c, device, {})["ideal_images_per_s"] for c in workloads.cases("model", "small", "cpu")}
+    assert found["train"] is None
+    assert 1e5 < found["infer"] < 989.5e12 / 2e9  # Ti/16: above 2 GFLOP an image
+
+
+def test_the_report_refuses_a_file_without_rows(tmp_path):
+    (tmp_path / "empty.json").write_text('{"benchmarks": []}')
+    done = run_report(tmp_path / "empty.json")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "no benchmark rows in these files\n")
+
+
+def test_sizes_and_devices_have_cases_and_ids_that_k_takes(protocol):
+    import workloads
+
+    for subject in ("model", "layer_norm"):
+        for size in ("small", "full"):
+            for device in ("cpu", "cuda"):
+                cases = workloads.cases(subject, size, device)
+                assert {case.mode for case in cases} == {"infer", "train"}
+                assert len({str(case) for case in cases}) == len(cases)
+                assert all(re.fullmatch(r"[\w.+-]+", str(case)) for case in cases)
+    assert len({case.workload.name for case in workloads.cases("model", "full", "cuda")}) == len(workloads.WORKLOADS)
