@@ -116,8 +116,8 @@ def _rounds(steps: dict[str, Step], device: torch.device, kernel: bool) -> dict[
         for done in range(ROUNDS):
             if device.type == "cpu" and done >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
-            for name, step in steps.items():
-                times[name].append(sample(name, step))
+            for name in _measure.rotated(list(steps), done):
+                times[name].append(sample(name, steps[name]))
     finally:
         if collecting:
             gc.enable()

@@ -605,3 +605,9 @@ def test_version_and_help_return_zero(capsys):
     assert main(["--version"]) == 0
     assert main(["classify", "--help"]) == 0
     assert "--attention-map" in capsys.readouterr().out
+
+
+def test_rounds_begin_with_every_provider_in_turn_and_run_both_ways():
+    orders = [_measure.rotated(["a", "b", "c"], done) for done in range(6)]
+    assert [order[0] for order in orders[:3]] == ["a", "b", "c"]
+    assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "cba", "acb", "bac"]

@@ -1,6 +1,8 @@
 """How ``vitkernels bench`` measures: check first, then interleaved rounds, ratios within each round."""
 
+import ctypes
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +18,7 @@ MIN_ROUNDS = 3
 SECONDS_PER_ROW = 4.0  # a row stops early rather than take longer, unless the user gave a number of rounds
 _SECONDS_PER_ROUND = 0.1  # enough calls of a small model that the clock and the scheduler do not show
 _MAX_CALLS = 1000
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 Step = Callable[[], Tensor]
 Arguments = tuple[Tensor, Tensor, str]  # images, labels, mode
@@ -77,7 +80,23 @@ def interleaved(steps: dict[str, Step], device: torch.device, rounds: int | None
     for done in range(rounds or DEFAULT_ROUNDS):
         if rounds is None and done >= MIN_ROUNDS and time.perf_counter() > deadline:
             return
-        yield {name: _seconds(step, calls[name], device) for name, step in steps.items()}
+        yield {name: _seconds(steps[name], calls[name], device) for name in rotated(list(steps), done)}
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give freed memory back to the system: each tensor then page-faults anew, or not, by the luck of its
+    address, which moved the ratio of two equal models on a CPU by 10% from process to process (0.5% with this)."""
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+def rotated(names: list[str], done: int) -> list[str]:
+    """The order of round ``done``: each contender follows each other one equally often, and none pays for its neighbour."""
+    start = done % len(names)
+    order = names[start:] + names[:start]
+    return order[::-1] if done // len(names) % 2 else order
 
 
 def _calls(step: Step, device: torch.device) -> int:

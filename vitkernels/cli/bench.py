@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every model at every batch size. A case that fails is named under ``errors`` and has no rows."""
+    _measure.keep_freed_memory()
     device = _models.pick_device(args.device)
     plot = picture_path(args.plot, "--plot") if args.plot else None
     names = list(dict.fromkeys(_models.check_name(name) for name in args.models))

@@ -1,0 +1,380 @@
+"""``python benchmarks/gpu_round.py --out DIR [--budget SECONDS] [--force] [--dry-run]``: what ten minutes on a GPU can tell.
+
+The steps, in an order where each is useful if the next never runs: build ``vitkernels._C`` when it is missing; environment
+and measured ceilings; ``pytest -m gpu``; compute-sanitizer; benchmarks of kernels, of models, of compiled models; a summary.
+Each is a subprocess with a time limit. One that is over it is interrupted and what it had measured is kept.
+
+DIR gets one JSON file per step and ``round.log``. Started again, a step whose file says ok is not repeated (``--force``
+repeats it). ``--dry-run`` takes the same steps without a GPU, at tiny shapes. ``benchmarks/report.py`` reads the
+``kernels.json``, ``models.json`` and ``compiled.json`` of a round.
+
+Exit code: 1 when correctness failed (a test, the sanitizer, or our provider at a benchmark's shape), 2 for bad arguments or
+no GPU, else 0, even where steps ran out of time: the table at the end says so.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 520.0
+GRACE = 10.0  # seconds that an interrupted step has to write its results
+LEAST = 0.25  # the share of its time without which a step is not begun
+LOG_BYTES, OUTPUT_BYTES = 4 * 2**20, 2**18  # kept of earlier rounds' log, and of the output of one command
+SANITIZER_ERROR = 99
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+SANITIZED = """
+import torch, vitkernels as vk
+device = "cuda" if torch.cuda.is_available() else "cpu"
+x, residual, weight, bias = (torch.randn(s, device=device).requires_grad_() for s in ((3, 5, 48), (3, 5, 48), (48,), (48,)))
+with vk.backend("fused"):
+    vk.ops.layer_norm(x, weight, bias, 1e-6).sum().backward()
+    torch.autograd.backward([t.sum() for t in vk.ops.add_layer_norm(x, residual, weight, bias, 1e-6)])
+if device == "cuda":
+    torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to find out.
+
+    Attributes:
+        name: also of its file, ``<name>.json``.
+        commands: run in turn, the later even when an earlier failed; they share the ``seconds``.
+        needs: programs or Python modules without which there is nothing to run.
+        read: makes the file's contents from the results that the commands left in the scratch folder.
+    """
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    seconds: float
+    needs: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    read: Callable[[Path], dict[str, Any]] = lambda scratch: {}
+
+
+def steps(dry: bool, scratch: Path) -> list[Step]:
+    """What runs; ``dry`` makes every part as small as it can be."""
+    target = ("--build-lib", str(scratch), "--build-temp", str(scratch)) if dry else ("--inplace",)  # dry: the tree stays
+    ceilings = (sys.executable, __file__, "--ceilings", str(scratch / "environment.json"), *(["--dry-run"] if dry else []))
+    tests = ("tests/test_layer_norm.py", "-k", "empty_and_single_rows") if dry else ("-m", "gpu")
+    tools = [() if dry else ("compute-sanitizer", "--tool", t, "--error-exitcode", str(SANITIZER_ERROR)) for t in _TOOLS]
+    bench = ("pytest_benchmark", "timm")
+    tiny = "model-Ti_16-infer-b1"
+    return [
+        Step("build", ((sys.executable, "setup.py", "build_ext", *target),), 90, ("pybind11", "cmake", "ninja")),
+        Step("environment", (ceilings,), 40, read=lambda scratch: _json(scratch / "environment.json")),
+        Step("tests", ((*PYTEST, *tests, f"--junitxml={scratch / 'tests.xml'}"),), 150, read=_counts),
+        Step(
+            "sanitizer",
+            tuple((*tool, sys.executable, "-c", SANITIZED) for tool in tools),
+            60,
+            () if dry else ("compute-sanitizer",),
+            {"TRITON_INTERPRET": "1"} if dry else {},
+        ),
+        _benchmarks(
+            "kernels",
+            100,
+            scratch,
+            [("small", "layer_norm-S_16-infer-b1 and not add and (eager or fused)")]
+            if dry  # compiling all of the table's shapes takes minutes: the few shapes of --size small, and last
+            else [("full", "layer_norm and not compile"), ("small", "layer_norm and (compile or fused)")],
+            bench,
+        ),
+        _benchmarks(
+            "models",
+            120,
+            scratch,
+            [("small", f"{tiny} and (eager or fused)" if dry else "model and not compile and not max-autotune")],
+            bench,
+        ),
+        _benchmarks(
+            "compiled",
+            150,
+            scratch,
+            [("small", f"{tiny} and (max-autotune or fused)")]
+            if dry
+            else [
+                ("small", "model and (compile or fused)"),
+                ("small", "(B_16 or So400m) and model and (max-autotune or fused)"),
+            ],
+            bench,
+        ),
+    ]
+
+
+_TOOLS = ("memcheck", "racecheck")
+_DRY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # at these sizes threads only cost
+
+
+def _benchmarks(name: str, seconds: float, scratch: Path, selections: list[tuple[str, str]], needs: tuple[str, ...]) -> Step:
+    files = [scratch / f"{name}-{i}.json" for i in range(len(selections))]
+    commands = tuple(
+        (*PYTEST, "benchmarks/", "--benchmark-only", f"--benchmark-json={file}", "-rfs", "--size", size, "-k", expression)
+        for file, (size, expression) in zip(files, selections, strict=True)
+    )
+
+    def read(_: Path) -> dict[str, Any]:
+        found = [_json(file) for file in files]
+        return {**found[0], "benchmarks": [row for each in found for row in each.get("benchmarks", [])]}
+
+    return Step(name, commands, seconds, needs, read=read)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The file's contents; nothing for a file that a killed step never wrote, or only half."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _counts(scratch: Path) -> dict[str, Any]:
+    try:
+        suites = list(ET.parse(scratch / "tests.xml").getroot().iter("testsuite"))
+    except (OSError, ET.ParseError):
+        return {}
+    names = ("tests", "failures", "errors", "skipped")
+    counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in names}
+    return {**counts, "passed": counts["tests"] - sum(counts[name] for name in names[1:])}
+
+
+def environment_of(step: Step, dry: bool) -> dict[str, str]:
+    """The subprocess imports this tree; a test suite around us must not switch on its interpreter or its plugins."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return {**env, **(_DRY if dry else {}), **step.env}
+
+
+def execute(command: tuple[str, ...], env: dict[str, str], seconds: float, log: Path) -> tuple[int | None, str]:
+    """Exit status (None: over its time) and output, which the log gets as it comes: it survives if the round is killed."""
+    _trim(log, 0, LOG_BYTES)
+    with log.open("ab") as file:
+        shown = " ".join(part if "\n" not in part else "..." for part in command)
+        file.write(f"\n$ {shown}\n".encode())
+        file.flush()
+        start = log.stat().st_size
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = _wait(child, seconds)
+        finally:
+            _kill(child)
+    _trim(log, start, OUTPUT_BYTES)
+    return code, log.read_bytes()[start:].decode(errors="replace")
+
+
+def _wait(child: subprocess.Popen, seconds: float) -> int | None:
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)  # pytest then ends as after Ctrl-C, with its files written
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    return None
+
+
+def _kill(child: subprocess.Popen) -> None:
+    """With what it started: compile workers outlive their parent."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _trim(log: Path, start: int, most: int) -> None:
+    """Keep the last ``most`` bytes of what follows ``start``."""
+    data = log.read_bytes() if log.exists() else b""
+    if len(data) - start > most:
+        log.write_bytes(data[:start] + b"[...]\n" + data[-most:])
+
+
+def take(step: Step, dry: bool, left: float, scratch: Path, log: Path) -> dict[str, Any]:
+    """Run a step that fits in the seconds ``left``; what its file holds. ``step`` in it says how it went."""
+    absent = [name for name in step.needs if shutil.which(name) is None and importlib.util.find_spec(name) is None]
+    if absent:
+        return _record(step, "skipped", f"not installed: {', '.join(absent)}")
+    if left < LEAST * step.seconds:
+        return _record(step, "skipped", f"{max(left, 0):.0f} s are left")
+    begin = time.monotonic()
+    end = begin + min(step.seconds, left)
+    codes, text = [], ""
+    for command in step.commands:
+        code, output = execute(command, environment_of(step, dry), max(end - time.monotonic(), 0.1), log)
+        codes.append(code)
+        text += output
+        if code is None:
+            break
+    found = step.read(scratch)
+    wrong = is_wrong(step.name, codes, text, found)
+    status = "failed" if wrong or any(codes) else "timeout" if None in codes else "ok"
+    lines = text.strip().splitlines() or ["no output"]
+    reason = "" if status == "ok" and step.name != "tests" else lines[-1][:100]
+    if status == "timeout":
+        reason = f"interrupted after {min(step.seconds, left):.0f} s; what it had measured is kept"
+    return {**found, **_record(step, status, reason, time.monotonic() - begin, wrong)}
+
+
+def _record(step: Step, status: str, reason: str, seconds: float = 0.0, wrong: bool = False) -> dict[str, Any]:
+    record = {"name": step.name, "status": status, "ok": status == "ok", "wrong": wrong}
+    return {"step": {**record, "seconds": round(seconds, 1), "reason": reason}}
+
+
+def is_wrong(name: str, codes: list[int | None], text: str, found: dict[str, Any]) -> bool:
+    """Whether correctness failed, as opposed to a step that could not run or had no time."""
+    if name == "tests":  # a crash and an empty selection are no pass
+        return bool(found.get("failures") or found.get("errors")) or codes[0] not in (0, None)
+    if name == "sanitizer":
+        errors = re.search(r"ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: .*\([1-9]\d* error", text)
+        return SANITIZER_ERROR in codes or errors is not None
+    return name in ("kernels", "models", "compiled") and "fused is wrong at this shape" in text
+
+
+def ceilings(path: Path, dry: bool) -> None:
+    """Write the environment and what this device reaches: a copy far larger than its L2, and a bfloat16 GEMM."""
+    import torch
+
+    from vitkernels.cli import _environment
+
+    device = "cpu" if dry else "cuda"
+    numbers, side = (2**18, 128) if dry else (2**28, 8192)
+    source = torch.randn(numbers, device=device)
+    copy = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))  # zeros would draw less power
+    moved, flops = 2 * source.nbytes, 2 * side**3
+    result = {
+        "device": device,
+        "copy_bytes": moved,  # read and written
+        "copy_gb_per_s": moved / _median_seconds(lambda: copy.copy_(source), device) / 1e9,
+        "gemm_side": side,
+        "gemm_bf16_tflops": flops / _median_seconds(lambda: a @ b, device) / 1e12,
+    }
+    print(json.dumps(result))
+    path.write_text(json.dumps({"environment": _environment.environment(), "ceilings": result}, indent=1))
+
+
+def _median_seconds(call: Callable[[], object], device: str, rounds: int = 20) -> float:
+    import torch
+
+    for _ in range(10):  # the clocks rise first
+        call()
+    if device == "cpu":
+        marks = [time.perf_counter() for _ in range(rounds) if call() is not None]
+        return statistics.median(b - a for a, b in itertools.pairwise(marks))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1000
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """How each step went, and every row that was measured, losses among them."""
+    keys = ("subject", "workload", "mode", "batch", "provider", "path", "ms", "ratio_to_eager")
+    extras = [benchmark["extra_info"] for result in results for benchmark in result.get("benchmarks", [])]
+    return {
+        "steps": [result["step"] for result in results],
+        "ceilings": next((r["ceilings"] for r in results if "ceilings" in r), None),
+        "rows": [{key: extra.get(key) for key in keys} for extra in extras if "provider" in extra],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Steps, ceilings, and our rows; the other providers' are in ``summary.json``."""
+    lines = [f"{s['name']:12} {s['status']:8} {s['seconds']:6.1f} s  {s['reason']}".rstrip() for s in found["steps"]]
+    if found["ceilings"]:
+        c = found["ceilings"]
+        lines += ["", f"{c['device']}: copy {c['copy_gb_per_s']:.0f} GB/s, bf16 GEMM {c['gemm_bf16_tflops']:.3g} TFLOP/s"]
+    ours = [row for row in found["rows"] if row["provider"] == "fused"]
+    if ours:
+        lines += ["", f"{'subject':15} {'workload':16} {'mode':6} {'batch':>5} {'path':10} {'ms':>10}  times eager's speed"]
+    for r in ours:
+        loss = "  slower" if r["ratio_to_eager"] < 1 else ""
+        head = f"{r['subject']:15} {r['workload']:16} {r['mode']:6} {r['batch']:5} {r['path']:10}"
+        lines.append(f"{head} {r['ms']:10.4f}  {r['ratio_to_eager']:.2f}{loss}")
+    return "\n".join(lines)
+
+
+def run_round(out: Path, budget: float, force: bool, dry: bool) -> int:
+    """All steps; the exit code. ``summary.json`` is rewritten after each, so that a killed round leaves one."""
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + budget
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps(dry, Path(folder)):
+            file = out / f"{step.name}.json"
+            before = _json(file)
+            if before.get("dry_run") != dry:  # what a dry run found says nothing about a GPU
+                before = {}
+            if _is_done(step, before, force):
+                result = _kept(before, "done before") if before else _record(step, "ok", "vitkernels._C is there")
+            else:
+                print(f"{step.name} ...", flush=True)
+                result = {"dry_run": dry, **take(step, dry, end - time.monotonic(), Path(folder), out / "round.log")}
+                if before and result["step"]["status"] == "skipped":  # this time; an earlier verdict and its rows stand
+                    result = _kept(before, f"earlier; now skipped: {result['step']['reason']}")
+                elif step.name != "build":  # has no file: the extension itself shows that it was built
+                    file.write_text(json.dumps(result, indent=1))
+            results.append(result)
+            found = summary(results)
+            (out / "summary.json").write_text(json.dumps(found, indent=1))
+    print(f"\n{table(found)}\n\n{out / 'summary.json'} has every row.")
+    return int(any(result["step"]["wrong"] for result in results))
+
+
+def _is_done(step: Step, before: dict[str, Any], force: bool) -> bool:
+    if step.name == "build":
+        return any((ROOT / "vitkernels" / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+    return not force and before.get("step", {}).get("ok", False)
+
+
+def _kept(before: dict[str, Any], reason: str) -> dict[str, Any]:
+    return {**before, "step": {**before["step"], "reason": reason}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go; the same DIR resumes a round")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of all steps (default: %(default)g)")
+    parser.add_argument("--force", action="store_true", help="repeat steps that are done")
+    parser.add_argument("--dry-run", action="store_true", help="the same steps on the CPU, at tiny shapes")
+    parser.add_argument("--ceilings", type=Path, help=argparse.SUPPRESS)  # the step `environment`, in its own process
+    args = parser.parse_args(arguments)
+    if args.ceilings:
+        ceilings(args.ceilings, args.dry_run)
+        return 0
+    if args.out is None or not args.budget > 0:
+        parser.error("--out DIR is required" if args.out is None else "--budget must be more than 0 seconds")
+    if not args.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("PyTorch sees no GPU here; --dry-run takes the same steps on the CPU")
+    # A round started in the background ignores Ctrl-C, and its steps would inherit that: they are interrupted by it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_round(args.out.resolve(), args.budget, args.force, args.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
