@@ -39,11 +39,13 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         if type(child) not in accepted:
             wanted = " or ".join(dict.fromkeys(cls.__name__ for cls in accepted))
             reasons.append(f"{prefix}{name} is {_describe(child)}, not {wanted}")
-        elif child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            continue
+        state = child.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
             reasons.append(f"{prefix}{name} has hooks")
-        elif "forward" in child.__dict__:
+        elif "forward" in state:
             reasons.append(f"{prefix}{name} overrides forward")
-        elif child._parameters and not _plain(child._parameters.values()):
+        elif state["_parameters"] and not _plain(state["_parameters"].values()):
             reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
     return reasons
 

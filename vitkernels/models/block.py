@@ -82,6 +82,7 @@ class FusedBlock(Block):
         q_norm, k_norm = attn.q_norm, attn.k_norm
         if type(q_norm) is nn.Identity and type(k_norm) is nn.Identity:
             heads = _attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
+            del packed
         else:
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
             heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)

@@ -306,12 +306,13 @@ def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, d
     size = _check.last_dim(op, "x", x)
     _check.vector(op, "weight", weight, size)
     _check.vector(op, "bias", bias, size)
-    dtypes = {p.dtype for p in (weight, bias) if p is not None}
-    if dtypes <= {dtype} or _select.autocast_dtype(x) is not None:
+    if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
+        return
+    if _select.autocast_dtype(x) is not None:
         return
     accepted = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
     for name, param in (("weight", weight), ("bias", bias)):
         if param is not None:
             _check.tensor(op, name, param, accepted)
-    if len(dtypes) > 1:
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"{op}: weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
