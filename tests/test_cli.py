@@ -225,7 +225,7 @@ def test_bench_shows_the_share_of_the_floor_on_a_known_gpu(capsys, monkeypatch):
     assert main(["bench", *QUICK]) == 0
     assert "of floor" not in capsys.readouterr().out
     monkeypatch.setattr(_floor, "_gpu_name", lambda device: "NVIDIA H200")
-    assert main(["bench", *QUICK]) == 0
+    assert main(["bench", *QUICK, "--dtype", "bfloat16"]) == 0
     assert "of floor" in capsys.readouterr().out
 
 
@@ -243,7 +243,7 @@ def test_the_floor_is_the_rooflines_and_is_counted_on_another_model(capsys, monk
     floors = {}
     for chip, name in (("h200", "NVIDIA H200"), ("l40s", "NVIDIA L40S")):
         monkeypatch.setattr(_floor, "_gpu_name", lambda device, name=name: name)
-        rows = run_json(capsys, "bench", *QUICK)["rows"]
+        rows = run_json(capsys, "bench", *QUICK, "--dtype", "bfloat16")["rows"]
         assert [row["provider"] for row in rows] == ["eager", "autocast", "fused"]
         for row in rows:
             assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
@@ -254,13 +254,21 @@ def test_the_floor_is_the_rooflines_and_is_counted_on_another_model(capsys, monk
     assert floors["l40s"] > 2 * floors["h200"] > 0
     tensors = [t for model in measured for t in model.parameters()]
     assert tensors
-    assert {(t.device.type, t.dtype) for t in tensors} == {("cpu", torch.float32)}
+    assert {(t.device.type, t.dtype) for t in tensors} == {("cpu", torch.float32), ("cpu", torch.bfloat16)}
 
 
-@pytest.mark.parametrize(("gpu", "mode"), [(None, "infer"), ("NVIDIA GH200 480GB", "infer"), ("NVIDIA H200", "train")])
-def test_no_floor_on_a_cpu_on_an_unknown_gpu_and_in_training(capsys, monkeypatch, gpu, mode):
+@pytest.mark.parametrize(
+    ("gpu", "mode", "dtype"),
+    [
+        (None, "infer", "bfloat16"),
+        ("NVIDIA GH200 480GB", "infer", "bfloat16"),
+        ("NVIDIA H200", "train", "bfloat16"),
+        ("NVIDIA H200", "infer", "float32"),
+    ],
+)
+def test_no_floor_on_a_cpu_on_an_unknown_gpu_in_training_and_in_float32(capsys, monkeypatch, gpu, mode, dtype):
     monkeypatch.setattr(_floor, "_gpu_name", lambda device: gpu)
-    for row in run_json(capsys, "bench", *QUICK, "--mode", mode)["rows"]:
+    for row in run_json(capsys, "bench", *QUICK, "--mode", mode, "--dtype", dtype)["rows"]:
         assert (row["floor_ms"], row["share_of_floor"]) == (None, None)
 
 

@@ -51,6 +51,17 @@ def test_the_environment_sets_the_default_backend(name):
 
 
 def test_an_unknown_backend_in_the_environment_is_named():
-    result = in_a_fresh_process("import vitkernels", VITKERNELS_BACKEND="fast")
+    result = in_a_fresh_process(
+        "import torch, vitkernels; vitkernels.ops.layer_norm(torch.ones(2, 8))", VITKERNELS_BACKEND="fast"
+    )
     assert result.returncode != 0
-    assert "VITKERNELS_BACKEND is 'fast'; accepted: auto, fused, reference" in result.stderr
+    assert "ValueError: VITKERNELS_BACKEND is 'fast'; accepted: auto, fused, reference" in result.stderr
+
+
+def test_the_command_names_an_unknown_backend_in_one_line():
+    result = in_a_fresh_process(
+        "import sys; from vitkernels.cli import main; sys.exit(main(['info']))", VITKERNELS_BACKEND="fast"
+    )
+    assert result.returncode == 2
+    assert result.stderr == "vitkernels: error: VITKERNELS_BACKEND is 'fast'; accepted: auto, fused, reference\n"
+    assert result.stdout == ""

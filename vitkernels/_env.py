@@ -18,11 +18,14 @@ INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def default_backend() -> str:
-    """The policy named by ``VITKERNELS_BACKEND``; raises ``ValueError`` on an unknown name."""
-    name = os.environ.get("VITKERNELS_BACKEND", "auto")
+    """The policy named by ``VITKERNELS_BACKEND``, unchecked: if importing failed, the command could not say why."""
+    return os.environ.get("VITKERNELS_BACKEND", "auto")
+
+
+def check_backend(name: str) -> None:
+    """Raise ``ValueError`` for an unknown name, which only the environment can have given."""
     if name not in BACKENDS:
         raise ValueError(f"VITKERNELS_BACKEND is {name!r}; accepted: {', '.join(BACKENDS)}")
-    return name
 
 
 def extension() -> ModuleType | None:

@@ -7,7 +7,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ _logger = logging.getLogger("vitkernels")
 # be lost in autograd's threads (an autograd.Function keeps its choice by being the one that was picked).
 _backend = _env.default_backend()
 _target: str | None = None
+_plan: str | None = None
 _reported: set[tuple[str, str]] = set()
 
 MIN_CAPABILITY = (8, 0)
@@ -53,13 +54,36 @@ class backend:
 
 @contextlib.contextmanager
 def targeting(arch: str) -> Iterator[None]:
-    """Pretend that every tensor lives on a GPU of architecture ``arch`` (``"sm_90"``): for tools on ``meta`` tensors."""
+    """Pretend that every tensor lives on a GPU of architecture ``arch`` (``"sm_90"``): for tools on ``meta`` tensors.
+
+    CUDA's autocast state is theirs then.
+    """
     global _target
     previous, _target = _target, arch
     try:
         yield
     finally:
         _target = previous
+
+
+@contextlib.contextmanager
+def planning(name: str) -> Iterator[None]:
+    """Operators that have a plan of this name run it, whatever they would choose: for tools that compare plans."""
+    global _plan
+    previous, _plan = _plan, name
+    try:
+        yield
+    finally:
+        _plan = previous
+
+
+def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
+    """The plan of one call: ``choice()``, unless ``planning`` names one of ``plans``.
+
+    A stem with several ways to compute the same (cuBLAS and a pass, or one kernel) lists their names as ``PLANS`` in its file
+    in ``ops/``, asks here in its public function, and passes the answer to its operator as an argument.
+    """
+    return _plan if _plan in plans else choice()
 
 
 def target(x: Tensor) -> str | None:
@@ -95,9 +119,11 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
 
     Raises:
         RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
+        ValueError: ``VITKERNELS_BACKEND`` names no policy.
     """
     if _backend == "reference" or (_backend == "auto" and target(x) is None):
         return False
+    _env.check_backend(_backend)
     reasons = why_not()
     if not reasons and _backend == "auto" and x.numel() * x.element_size() < min_bytes:
         reasons = [f"inputs below {min_bytes / 2**20:g} MiB are launch-bound"]
@@ -152,7 +178,7 @@ def _under_functorch(tensors: list[Tensor]) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives matrix products on ``x``'s device type, or ``None`` outside autocast."""
-    device_type = x.device.type
+    device_type = x.device.type if _target is None else "cuda"
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
@@ -163,4 +189,5 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
     That is float32 under CUDA autocast, else ``dtype``: CPU autocast leaves ``layer_norm`` alone, and float64 is never cast.
     """
-    return torch.float32 if x.is_cuda and dtype != torch.float64 and autocast_dtype(x) is not None else dtype
+    on_gpu = x.is_cuda or _target is not None
+    return torch.float32 if on_gpu and dtype != torch.float64 and autocast_dtype(x) is not None else dtype

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .. import _env, _select
 from .._version import __version__
 from . import bench, classify, info, inspect, roofline
 from ._output import CommandError
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        _check_environment()
     except CommandError as error:
         return _fail(error)
     except SystemExit as stop:  # --help and --version have printed
@@ -61,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for message in document.get("errors", ()):
         _fail(CommandError(message))
     return 1 if document.get("errors") else 0
+
+
+def _check_environment() -> None:
+    try:
+        _env.check_backend(_select._backend)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,14 +26,20 @@ class Chip:
     attainable: tuple[float, float] = DATASHEET_SHARES
 
 
-# Datasheets print tensor-core rates with 2:4 sparsity; dense is half.
+# Datasheets print tensor-core rates with 2:4 sparsity; dense is half. Each is SMs x boost clock x dense FLOPs an SM and clock
+# (1024 on sm_89, half of it with float32 accumulation on GeForce, 2048 on sm_80, 4096 on sm_90, 8192 on sm_100), which the
+# tests check. The figures were compared in 2026 with copies of these tables: H100 and A100 on archive-lib.hpctech.co.jp and
+# glennklockwood.com, L40S on mullet.se (its dense rate, 362.05, is less than half of its sparse one, 733), B200 on
+# glennklockwood.com. The whitepaper's 209.5 for the RTX 5090 was found in no copy; it follows from the clock.
 CHIPS = {
-    "h200": Chip("sm_90", 132, 989.5, 4800, "NVIDIA H200 datasheet, SXM: 1979 TFLOPS sparse, 4.8 TB/s"),
-    "h100": Chip("sm_90", 132, 989.5, 3350, "NVIDIA H100 datasheet, SXM: 1979 TFLOPS sparse, 3.35 TB/s"),
-    "a100": Chip("sm_80", 108, 312, 2039, "NVIDIA A100 datasheet, 80 GB SXM: 312 TFLOPS dense, 2039 GB/s"),
-    "l40s": Chip("sm_89", 142, 362.05, 864, "NVIDIA L40S datasheet: 362.05 TFLOPS dense, 864 GB/s"),
-    "b200": Chip("sm_100", 148, 2250, 8000, "NVIDIA DGX B200 datasheet, an eighth: 36 PFLOPS sparse, 64 TB/s"),
+    "h200": Chip("sm_90", 132, 989.5, 4800, "NVIDIA H200 datasheet (2024), SXM: 1979 TFLOPS sparse, 4.8 TB/s"),
+    "h100": Chip("sm_90", 132, 989.5, 3350, "NVIDIA H100 datasheet (2023), SXM: 1979 TFLOPS sparse, 3.35 TB/s"),
+    "a100": Chip("sm_80", 108, 312, 2039, "NVIDIA A100 datasheet (2021), 80 GB SXM: 312 TFLOPS dense, 2039 GB/s"),
+    "l40s": Chip("sm_89", 142, 362.05, 864, "NVIDIA L40S datasheet (2023): 362.05 TFLOPS dense, 864 GB/s"),
+    "b200": Chip(
+        "sm_100", 148, 2250, 8000, "NVIDIA Blackwell architecture technical brief (2024), HGX B200: 4.5 PFLOPS sparse, 8 TB/s"
+    ),
     "rtx5090": Chip(
-        "sm_120", 170, 209.5, 1792, "NVIDIA RTX Blackwell whitepaper: 209.5 TFLOPS dense (FP32 accumulate), 1792 GB/s"
+        "sm_120", 170, 209.5, 1792, "NVIDIA RTX Blackwell whitepaper (2025): 209.5 TFLOPS dense (FP32 accumulate), 1792 GB/s"
     ),
 }

@@ -2,14 +2,14 @@
 
 PyTorch's operators are seen by a dispatch mode: each tensor argument counts once as read, each result once as written, views
 and allocations are free. ``scaled_dot_product_attention`` is one operator, as on a GPU, where its output has the query's
-layout. Of our operators every launch counts, scratch included, and what the launcher asks of PyTorch besides
-(``kernels/_recorder.py``). Bytes are those of perfect caching within one operator: LayerNorm's backward in PyTorch reads its
-inputs twice and is counted once, so the eager side is, if anything, too good.
+layout. Of our operators every launch counts, scratch included, with the FLOPs that its kernel file declares, and what the
+launcher asks of PyTorch besides (``kernels/_recorder.py``). Bytes are those of perfect caching within one operator:
+LayerNorm's backward in PyTorch reads its inputs twice and is counted once, so the eager side is, if anything, too good.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,8 @@ class Operator:
         name: PyTorch's name for it, or the kernel's; shape: of its first result.
         flops: of matrix products only; everything else is below 1%.
         reads, writes: (storage, bytes) of each tensor.
+        launched_by: the operator of ours whose launch this is; empty for PyTorch's.
+        parameter_bytes: of weights read and weight gradients written, their casts too: independent of the batch.
     """
 
     name: str
@@ -51,8 +53,12 @@ class Operator:
     flops: int
     reads: list[tuple[int, int]]
     writes: list[tuple[int, int]]
-    ours: bool = False
-    parameter_bytes: int = 0  # of weights read and weight gradients written: independent of the batch
+    launched_by: str = ""
+    parameter_bytes: int = 0
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.launched_by)
 
     @property
     def read_bytes(self) -> int:
@@ -65,11 +71,11 @@ class Operator:
     @property
     def kind(self) -> str:
         """``attention``, ``matrix products``, ``LayerNorm``, or ``elementwise``, which copies and sums are too."""
-        if "attention" in self.name:
+        if "attention" in f"{self.name} {self.launched_by}":
             return "attention"
         if self.flops:
             return "matrix products"
-        return "LayerNorm" if "layer_norm" in self.name or self.name == "parameter_gradients" else "elementwise"
+        return "LayerNorm" if "layer_norm" in f"{self.name} {self.launched_by}" else "elementwise"
 
     @property
     def activation_bytes(self) -> int:
@@ -87,10 +93,11 @@ class Count:
 
 
 class _Ledger(TorchDispatchMode):
-    def __init__(self, multiprocessors: int) -> None:
+    def __init__(self, chip: Chip) -> None:
         super().__init__()
         self.operators: list[Operator] = []
-        self._multiprocessors = multiprocessors
+        self.launched_by = ""  # inside a launcher: its operator
+        self._chip = chip
         self._alive: dict[int, Any] = {}  # storages by address: kept, so that no address names two
 
     def storage(self, t: Tensor) -> int:
@@ -98,9 +105,9 @@ class _Ledger(TorchDispatchMode):
         self._alive.setdefault(storage._cdata, storage)
         return storage._cdata
 
-    def add(self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor], ours: bool = False) -> None:
+    def add(self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor], launched_by: str = "") -> None:
         distinct = {(self.storage(t), t.storage_offset(), t.shape, t.stride()): t for t in reads}.values()
-        operator = Operator(name, tuple(writes[0].shape), flops, *(self._sized(ts) for ts in (distinct, writes)), ours)
+        operator = Operator(name, tuple(writes[0].shape), flops, *(self._sized(ts) for ts in (distinct, writes)), launched_by)
         if operator.read_bytes + operator.written_bytes > 0:
             self.operators.append(operator)
 
@@ -111,7 +118,7 @@ class _Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if func.namespace == "vitkernels":
-            return self._launches(func, name, args, kwargs)
+            return self._launches(name, args, kwargs)
         with self:  # what a launcher calls arrives here before PyTorch has taken it apart
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
@@ -131,18 +138,19 @@ class _Ledger(TorchDispatchMode):
             self.add(name, _flops(func, args, kwargs, out), reads, [*changed, *fresh])
         return out
 
-    def _launches(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _launches(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         from ..kernels import _recorder  # imports Triton
 
-        first = len(self.operators)
-        with _recorder.recording(lambda *launch: self._launch(*launch), self._multiprocessors), self:
-            out = _recorder.launcher(name)(*args, **kwargs)
-        for operator in self.operators[first : first + 1]:
-            operator.flops += _flops(func, args, kwargs, out)
-        return out
+        def launch(kernel: str, reads: list[Tensor], writes: list[Tensor], flops: int) -> None:
+            self.add(kernel.strip("_").removesuffix("_kernel"), flops, reads, writes, launched_by=name)
 
-    def _launch(self, kernel: str, reads: list[Tensor], writes: list[Tensor]) -> None:
-        self.add(kernel.strip("_").removesuffix("_kernel"), 0, reads, writes, ours=True)
+        architecture = int(self._chip.arch.removeprefix("sm_"))
+        before, self.launched_by = self.launched_by, name
+        try:
+            with _recorder.recording(launch, self._chip.multiprocessors, architecture), self:
+                return _recorder.launcher(name)(*args, **kwargs)
+        finally:
+            self.launched_by = before
 
 
 def _changed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -190,30 +198,40 @@ _TO_FLOAT32 = (F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.
 
 
 class _Functions(TorchFunctionMode):
-    """Attention as one operator and, if asked for, the casts of CUDA autocast to bfloat16."""
+    """Attention as one operator and, if asked for, the casts of CUDA autocast to bfloat16, which are not made on ``meta``."""
 
-    def __init__(self, ledger: _Ledger, autocast: bool, on_cast: Callable[[Tensor], None]) -> None:
+    def __init__(self, ledger: _Ledger, autocast: bool) -> None:
         super().__init__()
-        self._ledger, self._autocast, self._on_cast = ledger, autocast, on_cast
+        self._ledger, self._autocast = ledger, autocast
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         attention = func is F.scaled_dot_product_attention
-        if self._autocast and (attention or func in _TO_BFLOAT16 or func in _TO_FLOAT32):
+        casts = self._autocast and not self._ledger.launched_by  # an operator's implementation runs below autocast
+        if casts and (attention or func in _TO_BFLOAT16 or func in _TO_FLOAT32):
             dtype = torch.float32 if func in _TO_FLOAT32 else torch.bfloat16
-            args, kwargs = tree_map(lambda t: self._cast(t, dtype), (args, kwargs))
+            args, kwargs = tree_map(lambda t: _cast(t, dtype), (args, kwargs))
         return self._attend(*args, **kwargs) if attention else func(*args, **kwargs)
 
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         return _Attention.apply(self._ledger, query, key, value, attn_mask)
 
-    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
-            return value
-        cast = value.to(dtype)
-        if isinstance(value, nn.Parameter):
-            self._on_cast(cast)
-        return cast
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextlib.contextmanager
+def _autocast(enabled: bool) -> Iterator[None]:
+    """CUDA's autocast state, as our public functions see it; ``torch.autocast`` refuses it on a machine without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def count(
@@ -233,9 +251,9 @@ def count(
         train: also run backward, to the parameters and to those inputs that require a gradient; else without gradients.
         autocast: cast as CUDA autocast to bfloat16 would.
     """
-    ledger = _Ledger(chip.multiprocessors)
+    ledger = _Ledger(chip)
     parameters = {ledger.storage(t) for t in (*module.parameters(), *module.buffers())}
-    functions = _Functions(ledger, autocast, lambda cast: parameters.add(ledger.storage(cast)))
+    functions = _Functions(ledger, autocast)
     saved: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -248,7 +266,7 @@ def count(
         stack.enter_context(_select.backend("auto"))
         stack.enter_context(torch.set_grad_enabled(train))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t))
-        with ledger, functions:
+        with ledger, functions, _autocast(autocast):
             out = module(*args, **kwargs)
         forward, ledger.operators = ledger.operators, backward
         if train:
@@ -259,9 +277,21 @@ def count(
                 grads = torch.autograd.grad(outputs, inputs, starts, allow_unused=True)
             trained = len(list(filter(_trains, module.parameters())))
             parameters |= {ledger.storage(g) for g in grads[:trained] if g is not None}
-    for operator in (*forward, *backward):
+    operators = (*forward, *backward)
+    _follow_casts(operators, parameters)
+    for operator in operators:
         operator.parameter_bytes = sum(size for key, size in (*operator.reads, *operator.writes) if key in parameters)
     return Count(forward, backward, sum(size for key, size in saved.items() if key not in parameters))
+
+
+def _follow_casts(operators: Sequence[Operator], parameters: set[int]) -> None:
+    """A cast of a parameter is one too, and so is what a parameter's gradient was cast from."""
+    for operator in (o for o in operators if o.name == "_to_copy"):
+        if operator.reads[0][0] in parameters:
+            parameters.add(operator.writes[0][0])
+    for operator in (o for o in reversed(operators) if o.name == "_to_copy"):
+        if operator.writes[0][0] in parameters:
+            parameters.add(operator.reads[0][0])
 
 
 def _trains(t: Any) -> bool:

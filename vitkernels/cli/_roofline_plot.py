@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _KINDS = {"matrix products": "#1f6fb4", "attention": "#5b9e5b", "LayerNorm": "#c9a227", "elementwise": "#8c8c8c"}
 _LABELS = {"elementwise": "elementwise, sums, copies"}
-_PATHS = ("autocast", "eager", "fused")
+_PATHS = {"autocast": "autocast", "fused_autocast": "fused,\nautocast", "eager": "eager", "fused": "fused"}
 _LINES = {"ideal": ("#333333", ":"), "fused": ("#1f6fb4", "-"), "eager": ("#8c8c8c", "--")}
 
 
@@ -38,7 +38,7 @@ def _units(axes: Axes, model: dict[str, Any], direction: str) -> None:
     for kind, colour in _KINDS.items():
         rows = (model[path]["block"][direction] for path in _PATHS)
         widths = [sum(r["units"] for r in block if r["kind"] == kind) for block in rows]
-        axes.barh(_PATHS, widths, left=ends, color=colour, label=_LABELS.get(kind, kind), height=0.7)
+        axes.barh(list(_PATHS.values()), widths, left=ends, color=colour, label=_LABELS.get(kind, kind), height=0.7)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for position, end in enumerate(ends):
         axes.annotate(f"{end:.1f}", (end, position), (4, 0), textcoords="offset points", va="center", fontsize=8)

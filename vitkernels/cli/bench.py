@@ -15,7 +15,8 @@ _DESCRIPTION = """
 Measure whole timm models: eager, eager under autocast, fused and, with --compile, torch.compile. All share one set of random
 weights and one batch of photographs. Rounds are interleaved, and the ratio is the median over rounds of eager's time divided
 by the provider's. A fused model is timed only after its output matched eager's at that very shape. "of floor", on GPUs that
-``vitkernels roofline`` knows: the time of the stock model's operators at the chip's rates, divided by the measured time.
+``vitkernels roofline`` knows and in 16 bit: the time of the stock model's operators at the chip's rates, divided by the
+measured time.
 """
 
 
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             images, source = _photos.sample_batch(_data_config(oracle), batch)
             try:
                 measured = _measured(contestants, oracle, images.to(device), args, lambda: bar.advance(task))
-                floor_ms = _floor_ms(name, batch, device, args.mode)  # after the measurement, which it must not disturb
+                floor_ms = _floor_ms(
+                    name, batch, device, args.mode, args.dtype
+                )  # after the measurement, which it must not disturb
                 rows += [{"model": name, "batch": batch, **row, **_share(floor_ms, row["ms"])} for row in measured]
             except torch.OutOfMemoryError:
                 errors.append(f"{name}, batch {batch}: out of GPU memory")
@@ -85,9 +88,9 @@ def _cases(
             yield contestants, oracle, name, batch
 
 
-def _floor_ms(name: str, batch: int, device: torch.device, mode: str) -> float | None:
-    """The roofline of the stock model's inference; None on a CPU or an unknown GPU, and in training."""
-    chip = _floor.chip_of(device) if mode == "infer" else None
+def _floor_ms(name: str, batch: int, device: torch.device, mode: str, dtype: str) -> float | None:
+    """The roofline of the stock model's inference in 16 bit; None on a CPU or an unknown GPU, in training and in float32."""
+    chip = _floor.chip_of(device) if mode == "infer" and dtype != "float32" else None
     found = _floor.inference(name, batch, chip) if chip else None
     return found["floor_ms"] if found else None
 
@@ -171,7 +174,7 @@ def show(document: dict[str, Any]) -> None:
         out.print(table)
         out.print(_footer(document["environment"], rows))
         if floors:
-            out.print("floor: timm's operators in bfloat16 at the chip's datasheet rates; a fused model moves less")
+            out.print("floor: timm's operators in 16 bit, without autocast, at datasheet rates; a fused model moves less")
 
 
 def _cells(row: dict[str, Any], floors: bool) -> Iterator[str]:

@@ -6,12 +6,15 @@ do not grow with the batch, are apart as ``parameter_bytes``.
 
 import argparse
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import _select, ops
 from . import _ledger, _models
 from ._chips import CHIPS, Chip
 from ._ledger import Count, Operator
@@ -19,6 +22,7 @@ from ._output import CommandError, console, picture_path, progress, save_picture
 from ._workloads import WORKLOADS
 
 BATCHES = (1, 8, 64, 256)
+PATHS = ("autocast", "fused_autocast", "eager", "fused")
 # Of the rates that a large GEMM and a copy reach: shares that reproduce timm's published compile/eager ratios within 2.5 % on
 # an H200 (attention: 330 of 790 TFLOP/s).
 ATTAINED_FLOPS = {"matrix products": 0.82, "attention": 0.42}
@@ -29,9 +33,10 @@ HOST_US, HOST_US_OURS = 6.0, 18.0
 
 _DESCRIPTION = """
 Count the operators of a timm ViT, stock and fused, on tensors without data: no GPU, no weights. Bytes are those of perfect
-caching within each operator, in bfloat16 (autocast: of the stock model only; the fused one is not counted under it), dropout
-off. Floor: every operator at the chip's rates. Predicted: at the shares of them that PyTorch's kernels reach, and not below
-the host's time to launch. Ideal: matrix products at the full rate, and nothing moved but images, weights and logits.
+caching within each operator, in bfloat16 (autocast: CUDA's, of float32 parameters), dropout off. Fused: with the plans that
+dispatch selects on that chip; every plan that operators declare is counted beside it, by name. Floor: every operator at the
+chip's rates. Predicted: at the shares of them that PyTorch's kernels reach, and not below the host's time to launch. Ideal:
+matrix products at the full rate, and nothing moved but images, weights and logits.
 """
 
 
@@ -90,30 +95,42 @@ def _chip(args: argparse.Namespace) -> Chip:
 
 
 def _model(name: str, batch: int, chip: Chip) -> dict[str, Any]:
-    """Everything about one model. Paths: eager (bfloat16), autocast (stock, float32 parameters), fused (bfloat16)."""
+    """Everything about one model: stock and fused, in bfloat16 and, of float32 parameters, under autocast."""
     model = _on_meta(name)
     size = model.default_cfg["input_size"]
-    arguments, depth = _block_arguments(model, _images(batch, size, torch.float32), name)
+    arguments, depth = _block_arguments(model, _input(model, batch), name)
     tokens, width = arguments[0][0].shape[1:]
     unit = batch * tokens * width * 2
-    paths = {"autocast": _path(model, batch, arguments, unit, chip, autocast=True)}
+    paths = {"autocast": _path(model, name, batch, unit, chip, autocast=True)}
     model = model.to(torch.bfloat16)
-    arguments, _ = _block_arguments(model, _images(batch, size, torch.bfloat16), name)
-    paths["eager"] = _path(model, batch, arguments, unit, chip)
+    paths["eager"] = _path(model, name, batch, unit, chip)
     forwards = {"eager": {b: _forward(model, b, chip) for b in BATCHES}}
     fused, reason = _fuse(model, name)
-    arguments, _ = _block_arguments(fused, _images(batch, size, torch.bfloat16), name)  # the stream's layout may differ
-    paths["fused"] = {**_path(fused, batch, arguments, unit, chip), "not_fused": reason}
+    paths["fused"] = _path(fused, name, batch, unit, chip)
     forwards["fused"] = {b: _forward(fused, b, chip) for b in BATCHES}
-    shape = {"tokens": tokens, "width": width, "depth": depth, "input_size": list(size), "unit_bytes": unit}
+    plans = {plan: _planned(plan, fused, name, batch, unit, chip) for plan in _plan_names()} if reason is None else {}
+    same = (plan for plan, path in plans.items() if path["block"] == paths["fused"]["block"])
+    predicted = [_predicted(fused, b, forwards, chip) for b in BATCHES]
+    paths["fused_autocast"] = _path(fused.to(torch.float32), name, batch, unit, chip, autocast=True)
     return {
-        "shape": shape,
-        "eager": paths["eager"],
-        "autocast": paths["autocast"],
-        "fused": paths["fused"],
-        "plans": _plans(paths["fused"]),
-        "predicted_images_per_s": [_predicted(fused, b, forwards, chip) for b in BATCHES],
+        "shape": {"tokens": tokens, "width": width, "depth": depth, "input_size": list(size), "unit_bytes": unit},
+        **{path: paths[path] for path in PATHS},
+        "not_fused": reason,
+        "plans": plans,
+        "selected_plan": next(same, None),
+        "predicted_images_per_s": predicted,
     }
+
+
+def _plan_names() -> list[str]:
+    """The ``PLANS`` of all stems, each once."""
+    modules = (importlib.import_module(f"{ops.__name__}.{info.name}") for info in pkgutil.iter_modules(ops.__path__))
+    return list(dict.fromkeys(name for module in modules for name in getattr(module, "PLANS", ())))
+
+
+def _planned(plan: str, fused: nn.Module, *arguments: Any) -> dict[str, Any]:
+    with _select.planning(plan):
+        return _path(fused, *arguments)
 
 
 def _on_meta(name: str) -> nn.Module:
@@ -157,12 +174,11 @@ def _fuse(model: nn.Module, name: str) -> tuple[nn.Module, str | None]:
         return model, str(error)
 
 
-def _path(
-    model: nn.Module, batch: int, arguments: tuple[tuple, dict], unit: int, chip: Chip, autocast: bool = False
-) -> dict[str, Any]:
+def _path(model: nn.Module, name: str, batch: int, unit: int, chip: Chip, autocast: bool = False) -> dict[str, Any]:
     """Counts of one block and of the model, forward alone and with backward."""
     from ..fuse import _looks_like_a_block
 
+    arguments, _ = _block_arguments(model, _input(model, batch), name)
     block = next(m for m in model.modules() if _looks_like_a_block(m))
     (x, *rest), kwargs = arguments
     forward = _ledger.count(block, (x, *rest), kwargs, chip, autocast=autocast)
@@ -224,13 +240,6 @@ def _sums(operators: Iterable[Operator], unit: int, chip: Chip) -> dict[str, Any
     }
 
 
-def _plans(fused: dict[str, Any]) -> dict[str, Any]:
-    """The one plan that exists, named by the kernels of ours in it; none where no kernel of ours runs."""
-    ours = sorted({row["operator"].removesuffix("_fwd") for row in fused["block"]["forward"] if row["ours"]})
-    keys = ("forward_units_per_block", "backward_units_per_block", "saved_units_per_block")
-    return {"+".join(ours): {key: fused[key] for key in keys}} if ours else {}
-
-
 def _predicted(model: nn.Module, batch: int, forwards: dict[str, dict[int, Count]], chip: Chip) -> dict[str, Any]:
     """Images per second of inference."""
     row: dict[str, Any] = {"batch": batch}
@@ -265,8 +274,8 @@ def show(document: dict[str, Any]) -> None:
                 out.print(_operators(model[path]["block"][direction], f"{name}: one block, {path}, {direction}"))
     out.print(_summary(document["models"], document["batch"]), _predictions(document["models"]))
     for model in document["models"].values():
-        if model["fused"]["not_fused"]:
-            out.print(model["fused"]["not_fused"])
+        if model["not_fused"]:
+            out.print(model["not_fused"])
     rates = f"{chip['name']}: {chip['tflops']:g} TFLOP/s, {chip['gbs']:g} GB/s ({chip['source']})"
     out.print(
         f"{rates}; batch {document['batch']}, bfloat16\n"
@@ -306,8 +315,8 @@ def _summary(models: dict[str, Any], batch: int) -> Any:
     per_image = ("GFLOP", "fwd MB", "train MB", "saved MB", "floor us")
     table = _table("units and launches per block; per image of the model", ("model", "path"), (*per_block, *per_image))
     for name, model in models.items():
-        for path in ("autocast", "eager", "fused"):
-            found = model[path]
+        plans = {f"plan {name}": path for name, path in model["plans"].items()}
+        for path, found in ({p: model[p] for p in PATHS} | plans).items():
             units = [f"{found[f'{key}_units_per_block']:.2f}" for key in per_block[:3]]
             forward, training = found["model"]["forward"], found["model"]["training"]
             megabytes = [
@@ -316,8 +325,8 @@ def _summary(models: dict[str, Any], batch: int) -> Any:
                 found["model"]["saved_bytes"],
             ]
             table.add_row(
-                name if path == "autocast" else "",
-                path,
+                name if path == PATHS[0] else "",
+                path.replace("_", " ") + (" (selected)" if path == f"plan {model['selected_plan']}" else ""),
                 *units,
                 str(found["forward_launches_per_block"]),
                 f"{forward['flops'] / batch / 1e9:.2f}",

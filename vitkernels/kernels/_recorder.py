@@ -1,15 +1,17 @@
 """Records the tensors that launches read and write, instead of launching: ``vitkernels roofline`` on ``meta`` tensors.
 
 A kernel file declares ``WRITES``: for each kernel that a launcher starts, the names of the arguments that it stores to. It
-loads from every other tensor argument. Nothing here touches a GPU or compiles.
+loads from every other tensor argument. A file whose kernels multiply matrices (``tl.dot``) also declares ``FLOPS``: by
+kernel, a function of the launch's arguments by name that gives the FLOPs of its products, masked work left out. Nothing here
+touches a GPU or compiles.
 """
 
 import contextlib
-import functools
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,28 +19,29 @@ from torch import Tensor
 
 from . import _device
 
-Record = Callable[[str, list[Tensor], list[Tensor]], None]  # (kernel, tensors read, tensors written)
+Flops = Callable[..., int]
+Record = Callable[[str, list[Tensor], list[Tensor], int], None]  # (kernel, tensors read, tensors written, FLOPs)
 
 
-@functools.lru_cache
-def _modules() -> tuple[ModuleType, ...]:
+def modules() -> dict[str, ModuleType]:
+    """The kernel files, by stem."""
     package = importlib.import_module(__package__)
     names = (info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
-    return tuple(importlib.import_module(f"{__package__}.{name}") for name in names)
+    return {name: importlib.import_module(f"{__package__}.{name}") for name in names}
 
 
 def launcher(name: str) -> Callable[..., Any]:
     """``launch_<name>``, of whichever kernel file has it."""
-    return next(getattr(module, f"launch_{name}") for module in _modules() if hasattr(module, f"launch_{name}"))
+    return next(getattr(module, f"launch_{name}") for module in modules().values() if hasattr(module, f"launch_{name}"))
 
 
 class _Recorded:
     """Stands for a kernel: ``kernel[grid](...)`` records."""
 
-    def __init__(self, name: str, kernel: Any, writes: Sequence[str], record: Record) -> None:
+    def __init__(self, name: str, kernel: Any, writes: Sequence[str], flops: Flops | None, record: Record) -> None:
         while hasattr(kernel, "fn"):  # autotuners and heuristics wrap the jitted function, that wraps Python's
             kernel = kernel.fn
-        self._name, self._writes, self._record = name, writes, record
+        self._name, self._writes, self._flops, self._record = name, writes, flops, record
         self._parameters = tuple(inspect.signature(kernel).parameters)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -48,29 +51,33 @@ class _Recorded:
         bound = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         reads = [t for name, t in tensors.items() if name not in self._writes]
-        self._record(self._name, reads, [t for name, t in tensors.items() if name in self._writes])
+        flops = self._flops(**bound) if self._flops else 0
+        self._record(self._name, reads, [t for name, t in tensors.items() if name in self._writes], flops)
 
 
 @contextlib.contextmanager
-def recording(record: Record, multiprocessors: int = 1) -> Iterator[None]:
+def recording(record: Record, multiprocessors: int = 1, architecture: int = 90) -> Iterator[None]:
     """Launches inside call ``record`` instead of running.
 
     Args:
-        record: called with the kernel's name, the tensors that it reads and those that it writes.
-        multiprocessors: of the chip that is imagined; the size of some scratch depends on it.
+        record: called with the kernel's name, the tensors that it reads, those that it writes, and its FLOPs.
+        multiprocessors, architecture: of the chip that is imagined; kernels and the size of some scratch depend on them.
 
     Raises:
-        RuntimeError: a kernel file has a kernel, by its name, that ``WRITES`` does not declare.
+        RuntimeError: a kernel file has a kernel, by its name, that ``WRITES`` does not declare, or ``tl.dot`` and no ``FLOPS``.
     """
     with contextlib.ExitStack() as stack:
-        for module in _modules():
-            writes = getattr(module, "WRITES", {})
+        for module in modules().values():
+            writes, flops = getattr(module, "WRITES", {}), getattr(module, "FLOPS", {})
             undeclared = [n for n in vars(module) if n.endswith("_kernel") and n not in writes]
             if undeclared:
                 raise RuntimeError(f"{module.__name__}.WRITES does not declare {', '.join(undeclared)}")
+            if not flops and "tl.dot" in Path(module.__file__).read_text():
+                raise RuntimeError(f"{module.__name__} multiplies matrices and declares no FLOPS")
             for name, arguments in writes.items():
-                _replace(stack, module, name, _Recorded(name, getattr(module, name), arguments, record))
+                _replace(stack, module, name, _Recorded(name, getattr(module, name), arguments, flops.get(name), record))
         _replace(stack, _device, "_dry_run_multiprocessors", multiprocessors)
+        _replace(stack, _device, "_dry_run_architecture", architecture)
         yield
 
 
