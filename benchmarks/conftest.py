@@ -10,7 +10,6 @@ import torch
 from protocol import CLOCK, Outcome, measure
 
 from vitkernels.cli import _environment
-from vitkernels.cli._output import CommandError
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # helpers.py: the error budget is the tests'
 
@@ -51,10 +50,7 @@ def outcomes(request: pytest.FixtureRequest, environment: dict[str, Any]) -> dic
     case, module, device = request.param, request.module, _device()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # its limit on recompilations counts across models, and beyond it eager would run silently
-    try:
-        contest = module.contest(case, device, request.config.getoption("--size"))
-    except CommandError as error:  # a model that cannot be fused has nothing to compare
-        pytest.skip(str(error))
+    contest = module.contest(case, device, request.config.getoption("--size"))
     found = measure(_selected(request, case), contest.build, device, case.batch, kernel=case.subject != "model")
     work = {"subject": case.subject, "workload": case.workload.name, "batch": case.batch, "mode": case.mode}
     for outcome in found.values():

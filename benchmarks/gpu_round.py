@@ -1,12 +1,13 @@
 """``python benchmarks/gpu_round.py --out DIR [--budget SECONDS] [--force] [--dry-run]``: what ten minutes on a GPU can tell.
 
 The steps, in an order where each is useful if the next never runs: build ``vitkernels._C`` when it is missing; environment
-and measured ceilings; ``pytest -m gpu``; compute-sanitizer; benchmarks of kernels, of models, of compiled models; a summary.
-Each is a subprocess with a time limit. One that is over it is interrupted and what it had measured is kept.
+and measured ceilings; ``pytest -m gpu``; compute-sanitizer; tuning, once there is a ``vitkernels tune``; benchmarks of kernels,
+of models, of compiled models; the slow tests of ``-m gpu``; a summary. Each has a limit, which is cut to what the budget leaves
+after the least time that every later step needs. One that is over it is interrupted and what it had measured is kept.
 
 DIR gets one JSON file per step and ``round.log``. Started again, a step whose file says ok is not repeated (``--force``
-repeats it). ``--dry-run`` takes the same steps without a GPU, at tiny shapes. ``benchmarks/report.py`` reads the
-``kernels.json``, ``models.json`` and ``compiled.json`` of a round.
+repeats it), and one that was interrupted adds to what it had measured. ``--dry-run`` takes the same steps without a GPU, at
+tiny shapes. ``benchmarks/report.py`` reads the ``kernels.json``, ``models.json`` and ``compiled.json`` of a round.
 
 Exit code: 1 when correctness failed (a test, the sanitizer, or our provider at a benchmark's shape), 2 for bad arguments or
 no GPU, else 0, even where steps ran out of time: the table at the end says so.
@@ -36,20 +37,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 520.0
 GRACE = 10.0  # seconds that an interrupted step has to write its results
-LEAST = 0.25  # the share of its time without which a step is not begun
 LOG_BYTES, OUTPUT_BYTES = 4 * 2**20, 2**18  # kept of earlier rounds' log, and of the output of one command
-SANITIZER_ERROR = 99
+SANITIZER_ERROR, NOTHING_SELECTED = 99, 5  # exit codes: the one that we ask for, and pytest's
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
-SANITIZED = """
-import torch, vitkernels as vk
-device = "cuda" if torch.cuda.is_available() else "cpu"
-x, residual, weight, bias = (torch.randn(s, device=device).requires_grad_() for s in ((3, 5, 48), (3, 5, 48), (48,), (48,)))
-with vk.backend("fused"):
-    vk.ops.layer_norm(x, weight, bias, 1e-6).sum().backward()
-    torch.autograd.backward([t.sum() for t in vk.ops.add_layer_norm(x, residual, weight, bias, 1e-6)])
-if device == "cuda":
-    torch.cuda.synchronize()
-"""
 
 
 @dataclass(frozen=True)
@@ -58,14 +48,16 @@ class Step:
 
     Attributes:
         name: also of its file, ``<name>.json``.
-        commands: run in turn, the later even when an earlier failed; they share the ``seconds``.
-        needs: programs or Python modules without which there is nothing to run.
+        commands: run in turn, the later even when an earlier failed; they share the step's time.
+        seconds: the most that it takes; least: without which it is not begun, and which earlier steps leave to it.
+        needs: programs, Python modules or files of this tree without which there is nothing to run.
         read: makes the file's contents from the results that the commands left in the scratch folder.
     """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     seconds: float
+    least: float
     needs: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     read: Callable[[Path], dict[str, Any]] = lambda scratch: {}
@@ -75,57 +67,76 @@ def steps(dry: bool, scratch: Path) -> list[Step]:
     """What runs; ``dry`` makes every part as small as it can be."""
     target = ("--build-lib", str(scratch), "--build-temp", str(scratch)) if dry else ("--inplace",)  # dry: the tree stays
     ceilings = (sys.executable, __file__, "--ceilings", str(scratch / "environment.json"), *(["--dry-run"] if dry else []))
-    tests = ("tests/test_layer_norm.py", "-k", "empty_and_single_rows") if dry else ("-m", "gpu")
+    tune = (sys.executable, "-m", "vitkernels", "tune", *(["--help"] if dry else []))
     tools = [() if dry else ("compute-sanitizer", "--tool", t, "--error-exitcode", str(SANITIZER_ERROR)) for t in _TOOLS]
-    bench = ("pytest_benchmark", "timm")
-    tiny = "model-Ti_16-infer-b1"
+    # Every registered operator once, at the smallest shapes: forward and backward are operators of their own.
+    smallest = (*PYTEST, "tests/test_registration.py", "-k", "kernel_and_reference", *([] if dry else ["-m", "gpu"]))
     return [
-        Step("build", ((sys.executable, "setup.py", "build_ext", *target),), 90, ("pybind11", "cmake", "ninja")),
-        Step("environment", (ceilings,), 40, read=lambda scratch: _json(scratch / "environment.json")),
-        Step("tests", ((*PYTEST, *tests, f"--junitxml={scratch / 'tests.xml'}"),), 150, read=_counts),
+        Step(
+            "build",
+            ((sys.executable, "setup.py", "build_ext", *target),),
+            90,
+            20,
+            ("pybind11", "cmake", "ninja"),
+            {"VITKERNELS_BUILD_CUDA": "0"} if dry else {},
+        ),
+        Step("environment", (ceilings,), 40, 15, read=lambda scratch: _json(scratch / "environment.json")),
+        _tests("tests", 150, 60, scratch, ("tests/test_layer_norm.py", "-k", "empty_and_single_rows") if dry else _ON_GPU),
         Step(
             "sanitizer",
-            tuple((*tool, sys.executable, "-c", SANITIZED) for tool in tools),
+            tuple((*tool, *smallest) for tool in tools),
             60,
-            () if dry else ("compute-sanitizer",),
-            {"TRITON_INTERPRET": "1"} if dry else {},
+            20,
+            ("pytest",) if dry else ("pytest", "compute-sanitizer"),
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # a cached block would hide an access beyond a tensor's end
         ),
-        _benchmarks(
-            "kernels",
-            100,
-            scratch,
-            [("small", "layer_norm-S_16-infer-b1 and not add and (eager or fused)")]
-            if dry  # compiling all of the table's shapes takes minutes: the few shapes of --size small, and last
-            else [("full", "layer_norm and not compile"), ("small", "layer_norm and (compile or fused)")],
-            bench,
-        ),
-        _benchmarks(
-            "models",
-            120,
-            scratch,
-            [("small", f"{tiny} and (eager or fused)" if dry else "model and not compile and not max-autotune")],
-            bench,
-        ),
-        _benchmarks(
-            "compiled",
-            150,
-            scratch,
-            [("small", f"{tiny} and (max-autotune or fused)")]
-            if dry
-            else [
-                ("small", "model and (compile or fused)"),
-                ("small", "(B_16 or So400m) and model and (max-autotune or fused)"),
-            ],
-            bench,
-        ),
+        Step("tune", (tune,), 60, 20, ("vitkernels/cli/tune.py",)),
+        _benchmarks("kernels", 150, 60, scratch, _TINY_KERNELS if dry else _KERNELS),
+        _benchmarks("models", 120, 50, scratch, [_tiny("eager or fused")] if dry else _MODELS),
+        _benchmarks("compiled", 150, 50, scratch, [_tiny("compile or fused")] if dry else _COMPILED),
+        _tests("sweeps", 150, 20, scratch, ("tests/test_workloads.py", "-k", "S/16") if dry else _SLOW_ON_GPU),
     ]
 
 
+# What pytest selects. A new stem needs no line here. The rest of `pytest -m gpu` comes last, with the time that is left.
+_ON_GPU = ("-m", "gpu and not slow")
+_SLOW_ON_GPU = ("-m", "gpu and slow")
+# (--size, -k), the most telling first: each is a process of its own, and what an interrupted one has measured is kept.
+_KERNELS = [
+    ("small", "not test_model and not compile"),
+    ("full", "not test_model and not compile"),
+    ("small", "not test_model and (compile or fused)"),
+]
+_TINY_KERNELS = [("small", "layer_norm-S_16-infer-b1 and not add and (eager or fused)")]
+_MODELS = [("small", "test_model and not compile and not max-autotune")]
+_COMPILED = [
+    ("small", "test_model and B_16-infer and (compile or fused)"),
+    ("small", "test_model and (So400m_14-infer or S_16-infer) and (compile or fused)"),
+    ("small", "test_model and B_16-infer and (max-autotune or fused)"),
+    ("small", "test_model and So400m_14-infer and (max-autotune or fused)"),
+    ("small", "test_model and train and (compile or fused)"),
+]
+
+
+def _tiny(providers: str) -> tuple[str, str]:
+    return "small", f"model-Ti_16-infer-b1 and ({providers})"
+
+
+_TESTS = ("tests", "sweeps")
 _TOOLS = ("memcheck", "racecheck")
 _DRY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # at these sizes threads only cost
 
 
-def _benchmarks(name: str, seconds: float, scratch: Path, selections: list[tuple[str, str]], needs: tuple[str, ...]) -> Step:
+def _tests(name: str, seconds: float, least: float, scratch: Path, selected: tuple[str, ...]) -> Step:
+    """Compiling is most of it, so several processes where pytest-xdist is there; one broken file must not hide the others."""
+    cores = os.cpu_count() or 1
+    many = ("-n", str(min(6, cores // 2))) if cores >= 8 and importlib.util.find_spec("xdist") else ()
+    file = scratch / f"{name}.xml"
+    command = (*PYTEST, *many, "--continue-on-collection-errors", *selected, f"--junitxml={file}")
+    return Step(name, (command,), seconds, least, ("pytest",), read=lambda _: _counts(file))
+
+
+def _benchmarks(name: str, seconds: float, least: float, scratch: Path, selections: list[tuple[str, str]]) -> Step:
     files = [scratch / f"{name}-{i}.json" for i in range(len(selections))]
     commands = tuple(
         (*PYTEST, "benchmarks/", "--benchmark-only", f"--benchmark-json={file}", "-rfs", "--size", size, "-k", expression)
@@ -133,10 +144,20 @@ def _benchmarks(name: str, seconds: float, scratch: Path, selections: list[tuple
     )
 
     def read(_: Path) -> dict[str, Any]:
-        found = [_json(file) for file in files]
-        return {**found[0], "benchmarks": [row for each in found for row in each.get("benchmarks", [])]}
+        found: dict[str, Any] = {}
+        for file in files:
+            found = merged(found, _json(file))
+        return found
 
-    return Step(name, commands, seconds, needs, read=read)
+    return Step(name, commands, seconds, least, ("pytest", "pytest_benchmark", "timm"), read=read)
+
+
+def merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """``after`` with the benchmarks that only ``before`` has; a benchmark is named by its file, function and parameters."""
+    rows = [*before.get("benchmarks", []), *after.get("benchmarks", [])]
+    if not rows:
+        return {**before, **after}
+    return {**before, **after, "benchmarks": list({row.get("fullname", i): row for i, row in enumerate(rows)}.values())}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -147,9 +168,9 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _counts(scratch: Path) -> dict[str, Any]:
+def _counts(file: Path) -> dict[str, Any]:
     try:
-        suites = list(ET.parse(scratch / "tests.xml").getroot().iter("testsuite"))
+        suites = list(ET.parse(file).getroot().iter("testsuite"))
     except (OSError, ET.ParseError):
         return {}
     names = ("tests", "failures", "errors", "skipped")
@@ -207,15 +228,26 @@ def _trim(log: Path, start: int, most: int) -> None:
         log.write_bytes(data[:start] + b"[...]\n" + data[-most:])
 
 
+def absent(step: Step) -> list[str]:
+    """What the step needs and is not here."""
+    return [name for name in step.needs if not _is_here(name)]
+
+
+def _is_here(name: str) -> bool:
+    if "/" in name:
+        return (ROOT / name).exists()
+    return shutil.which(name) is not None or importlib.util.find_spec(name) is not None
+
+
 def take(step: Step, dry: bool, left: float, scratch: Path, log: Path) -> dict[str, Any]:
-    """Run a step that fits in the seconds ``left``; what its file holds. ``step`` in it says how it went."""
-    absent = [name for name in step.needs if shutil.which(name) is None and importlib.util.find_spec(name) is None]
-    if absent:
-        return _record(step, "skipped", f"not installed: {', '.join(absent)}")
-    if left < LEAST * step.seconds:
-        return _record(step, "skipped", f"{max(left, 0):.0f} s are left")
+    """Run a step in at most the seconds ``left`` to it; what its file holds. ``step`` in it says how it went."""
+    if absent(step):
+        return _record(step, "skipped", f"not here: {', '.join(absent(step))}")
+    if left < step.least:
+        return _record(step, "skipped", f"{max(left, 0):.0f} s are left to it")
     begin = time.monotonic()
-    end = begin + min(step.seconds, left)
+    limit = min(step.seconds, left)
+    end = begin + limit
     codes, text = [], ""
     for command in step.commands:
         code, output = execute(command, environment_of(step, dry), max(end - time.monotonic(), 0.1), log)
@@ -225,11 +257,12 @@ def take(step: Step, dry: bool, left: float, scratch: Path, log: Path) -> dict[s
             break
     found = step.read(scratch)
     wrong = is_wrong(step.name, codes, text, found)
-    status = "failed" if wrong or any(codes) else "timeout" if None in codes else "ok"
+    failures = [code for code in codes if code and not (code == NOTHING_SELECTED and step.name == "sweeps")]
+    status = "failed" if wrong or failures else "timeout" if None in codes else "ok"
     lines = text.strip().splitlines() or ["no output"]
-    reason = "" if status == "ok" and step.name != "tests" else lines[-1][:100]
+    reason = "" if status == "ok" and step.name not in _TESTS else lines[-1][:100]
     if status == "timeout":
-        reason = f"interrupted after {min(step.seconds, left):.0f} s; what it had measured is kept"
+        reason = f"interrupted after {limit:.0f} s; what it had measured is kept"
     return {**found, **_record(step, status, reason, time.monotonic() - begin, wrong)}
 
 
@@ -240,8 +273,9 @@ def _record(step: Step, status: str, reason: str, seconds: float = 0.0, wrong: b
 
 def is_wrong(name: str, codes: list[int | None], text: str, found: dict[str, Any]) -> bool:
     """Whether correctness failed, as opposed to a step that could not run or had no time."""
-    if name == "tests":  # a crash and an empty selection are no pass
-        return bool(found.get("failures") or found.get("errors")) or codes[0] not in (0, None)
+    if name in _TESTS:  # a crash is no pass, nor is an empty selection, except of the sweeps
+        passes = (0, None) if name == "tests" else (0, None, NOTHING_SELECTED)
+        return bool(found.get("failures") or found.get("errors")) or codes[0] not in passes
     if name == "sanitizer":
         errors = re.search(r"ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: .*\([1-9]\d* error", text)
         return SANITIZER_ERROR in codes or errors is not None
@@ -321,25 +355,34 @@ def run_round(out: Path, budget: float, force: bool, dry: bool) -> int:
     end = time.monotonic() + budget
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for step in steps(dry, Path(folder)):
-            file = out / f"{step.name}.json"
-            before = _json(file)
-            if before.get("dry_run") != dry:  # what a dry run found says nothing about a GPU
-                before = {}
+        todo = steps(dry, Path(folder))
+        for index, step in enumerate(todo):
+            file, before = out / f"{step.name}.json", _before(step, out, dry)
             if _is_done(step, before, force):
                 result = _kept(before, "done before") if before else _record(step, "ok", "vitkernels._C is there")
             else:
                 print(f"{step.name} ...", flush=True)
-                result = {"dry_run": dry, **take(step, dry, end - time.monotonic(), Path(folder), out / "round.log")}
+                later = [s for s in todo[index + 1 :] if not absent(s) and not _is_done(s, _before(s, out, dry), force)]
+                reserved = GRACE + sum(s.least + GRACE for s in later)  # each may be interrupted and write its results
+                left = end - time.monotonic() - reserved
+                result = {"dry_run": dry, **take(step, dry, left, Path(folder), out / "round.log")}
                 if before and result["step"]["status"] == "skipped":  # this time; an earlier verdict and its rows stand
                     result = _kept(before, f"earlier; now skipped: {result['step']['reason']}")
                 elif step.name != "build":  # has no file: the extension itself shows that it was built
+                    if before.get("step", {}).get("status") == "timeout" and not force:
+                        result = merged(before, result)
                     file.write_text(json.dumps(result, indent=1))
             results.append(result)
             found = summary(results)
             (out / "summary.json").write_text(json.dumps(found, indent=1))
     print(f"\n{table(found)}\n\n{out / 'summary.json'} has every row.")
     return int(any(result["step"]["wrong"] for result in results))
+
+
+def _before(step: Step, out: Path, dry: bool) -> dict[str, Any]:
+    """What an earlier round left; a dry one says nothing about a GPU."""
+    found = _json(out / f"{step.name}.json")
+    return found if found.get("dry_run") == dry else {}
 
 
 def _is_done(step: Step, before: dict[str, Any], force: bool) -> bool:

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import Case
 
 from vitkernels.cli import _measure
-from vitkernels.cli._providers import Provider, _sharing_weights
-from vitkernels.cli._providers import providers as cli_providers
+from vitkernels.cli._output import CommandError
+from vitkernels.cli._providers import Provider, _sharing_weights, fused_provider, stock_providers
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -59,7 +59,8 @@ class ModelContest:
     def __init__(self, case: Case, device: torch.device, size: str) -> None:
         self._device, self._size = device, size
         dtype = dtype_on(device)
-        found, self._oracle = cli_providers(case.workload.timm_name, device, dtype, case.mode, False)
+        self._name = case.workload.timm_name
+        found, self._oracle = stock_providers(self._name, device, dtype, case.mode)
         self._ready = {p.name: p for p in found}
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(case.batch, 3, case.workload.image, case.workload.image, generator=generator).to(device, dtype)
@@ -85,6 +86,11 @@ class ModelContest:
 
     def _variant(self, name: str) -> Provider:
         eager = self._ready["eager"]
+        if name == "fused":
+            try:
+                return fused_provider(eager, self._name, self._device)
+            except CommandError as error:
+                raise Unavailable(str(error)) from error
         if name in _SDPA:
             need_gpu(self._device, "the choice among SDPA backends")
             return Provider(name, "pytorch", eager.model, eager.dtype, lambda: sdpa_kernel(_SDPA[name]))

@@ -11,7 +11,7 @@ Pick = tuple[tuple[str, ...], tuple[int | None, ...], tuple[int | None, ...]]
 _ALL = tuple(w.name for w in WORKLOADS)
 _MODELS: dict[tuple[str, str], Pick] = {
     ("small", "cpu"): (("Ti/16",), (1, 2), (1,)),
-    ("full", "cpu"): (("Ti/16", "S/16", "B/16"), (1, 8), (4,)),
+    ("full", "cpu"): (("Ti/16", "S/16", "B/16", "DINOv3-B/16@256"), (1, 8), (4,)),
     ("small", "cuda"): (("S/16", "B/16", "So400m/14"), (1, None), (None,)),
     ("full", "cuda"): (_ALL, (1, 8, 64, None), (None,)),
 }

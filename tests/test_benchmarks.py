@@ -127,6 +127,18 @@ def test_what_is_measured_is_interleaved_and_what_fails_is_not(protocol):
     assert sum(one[0] == "eager" for one in rounds) == protocol.ROUNDS / 2
 
 
+def test_a_model_that_cannot_be_fused_is_measured_by_the_others(protocol):
+    import providers
+    import workloads
+
+    (workload,) = (w for w in workloads.WORKLOADS if w.name == "DINOv3-B/16@256")
+    contest = providers.ModelContest(workloads.Case("model", workload, 1, "infer"), torch.device("cpu"), "small")
+    contest.build("eager").check()
+    contest.build("naive-attention").check()
+    with pytest.raises(protocol.Unavailable, match="cannot be fused"):
+        contest.build("fused")
+
+
 def test_nothing_is_measured_without_eager(protocol):
     def build(name):
         raise protocol.Unavailable("gone")

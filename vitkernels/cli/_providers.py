@@ -60,19 +60,30 @@ def providers(
     name: str, device: torch.device, dtype: torch.dtype, mode: str, compiled: bool
 ) -> tuple[list[Provider], Provider]:
     """All providers of one model, and the float32 one that judges 16-bit outputs. They hold numerically equal weights."""
+    (eager, autocast), oracle = stock_providers(name, device, dtype, mode)
+    found = [eager, autocast, fused_provider(eager, name, device)]
+    if compiled:
+        found.append(Provider("compile", "pytorch", torch.compile(_sharing_weights(eager.model), dynamic=False), dtype))
+    return found, oracle
+
+
+def stock_providers(name: str, device: torch.device, dtype: torch.dtype, mode: str) -> tuple[list[Provider], Provider]:
+    """Eager and autocast, and the oracle."""
     oracle = _random_model(name, device, dtype).train(mode == "train")
     eager = oracle if dtype == torch.float32 else copy.deepcopy(oracle).to(dtype)
-    fused = _models.fuse(_sharing_weights(eager), name)
-    policy, path = _policy_and_path(fused, device, dtype)
     half = torch.bfloat16 if device.type == "cpu" or dtype == torch.float32 else dtype
     found = [
         Provider("eager", "pytorch", eager, dtype),
         Provider("autocast", "pytorch", oracle, torch.float32, lambda: torch.autocast(device.type, half)),
-        Provider("fused", path, fused, dtype, lambda: backend(policy)),
     ]
-    if compiled:
-        found.append(Provider("compile", "pytorch", torch.compile(_sharing_weights(eager), dynamic=False), dtype))
     return found, Provider("oracle", "pytorch", oracle, torch.float32)
+
+
+def fused_provider(eager: Provider, name: str, device: torch.device) -> Provider:
+    """The fused model on eager's weights. Raises CommandError when nothing of the model can be fused."""
+    fused = _models.fuse(_sharing_weights(eager.model), name)
+    policy, path = _policy_and_path(fused, device, eager.dtype)
+    return Provider("fused", path, fused, eager.dtype, lambda: backend(policy))
 
 
 def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

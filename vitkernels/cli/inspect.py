@@ -2,16 +2,14 @@
 
 import argparse
 import dataclasses
-import importlib
 import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .. import _env, _select, kernels
+from .. import _env, _select
 from ..kernels._device import CHIPS
 from ._output import CommandError, console, progress
 from ._workloads import WORKLOADS, Workload
@@ -100,9 +98,9 @@ def _shapes(text: str | None) -> list[Workload]:
 
 def _stems(wanted: str | None) -> dict[str, ModuleType]:
     """Kernel files that name their launches, by stem."""
-    files = sorted(Path(kernels.__file__).parent.glob("[!_]*.py"))
-    modules = {path.stem: importlib.import_module(f"{kernels.__name__}.{path.stem}") for path in files}
-    stems = {stem: module for stem, module in modules.items() if hasattr(module, "aot_launches")}
+    from ..kernels import _recorder  # imports Triton
+
+    stems = {stem: module for stem, module in _recorder.modules().items() if hasattr(module, "aot_launches")}
     if wanted is None:
         return stems
     if wanted not in stems:
