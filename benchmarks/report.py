@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-GBS_H200 = 4300.0  # measured copy bandwidth of an H200 SXM, bytes read and written (PERFORMANCE.md)
+GBS_H200, TFLOPS_H200 = 4300.0, 790.0  # measured on an H200 SXM: copy, read and written; bfloat16 GEMM (PERFORMANCE.md)
 _COLOURS = {
     "eager": "#8c8c8c",
     "fused": "#1f6fb4",
@@ -58,9 +58,22 @@ def is_kernel(row: Row) -> bool:
     return row["environment"]["device"] != "cpu" and row["path"] != "reference"
 
 
-def floor_share(row: Row, gbs: float) -> float | None:
-    """The least time that the bytes need, divided by the measured time."""
-    return row["bytes"] / (gbs * 1e9) / (row["device_us"] * 1e-6) if is_kernel(row) else None
+class Rates(NamedTuple):
+    """What the chip reaches: 10^9 bytes/s of a copy, 10^12 FLOP/s of a bfloat16 GEMM."""
+
+    gbs: float = GBS_H200
+    tflops: float = TFLOPS_H200
+
+    def __str__(self) -> str:
+        return f"{self.gbs:,g} GB/s and {self.tflops:,g} TFLOP/s"
+
+
+def floor_share(row: Row, rates: Rates) -> float | None:
+    """The least time that the bytes and the FLOPs (of rows that have them) need, divided by the measured time."""
+    if not is_kernel(row):
+        return None
+    floor_us = max(row["bytes"] / rates.gbs * 1e-3, row.get("flops", 0) / rates.tflops * 1e-6)
+    return floor_us / row["device_us"]
 
 
 def ideal(row: Row) -> float | None:
@@ -80,7 +93,7 @@ def _kernels(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["subject"] != "model"]
 
 
-def markdown(rows: list[Row], gbs: float) -> str:
+def markdown(rows: list[Row], rates: Rates) -> str:
     """One section per machine, one table for models and one for operators."""
     parts = []
     for name in dict.fromkeys(map(machine, rows)):
@@ -89,8 +102,8 @@ def markdown(rows: list[Row], gbs: float) -> str:
         if _models(mine):
             parts += ["### Models", _table(_models(mine), _model_columns(_models(mine)))]
         if _kernels(mine):
-            parts += ["### Operators", _table(_kernels(mine), _kernel_columns(gbs))]
-        parts.append(_notes(mine, gbs))
+            parts += ["### Operators", _table(_kernels(mine), _kernel_columns(rates))]
+        parts.append(_notes(mine, rates))
     return "\n\n".join(parts) + "\n"
 
 
@@ -121,7 +134,7 @@ def _model_columns(rows: list[Row]) -> Columns:
     }
 
 
-def _kernel_columns(gbs: float) -> Columns:
+def _kernel_columns(rates: Rates) -> Columns:
     return {
         "operator": lambda r: r["subject"],
         **_shared_columns(),
@@ -129,7 +142,7 @@ def _kernel_columns(gbs: float) -> Columns:
         "p10 - p90": lambda r: " - ".join(_number(r[f"{_clock(r)}_us_{p}"]) for p in ("p10", "p90")),
         "wall us": lambda r: _number(r["wall_us"]),
         "GB/s": lambda r: _number(None if r["path"] == "reference" else r["gb_per_s"]),
-        "of floor": lambda r: "-" if (share := floor_share(r, gbs)) is None else f"{share:.0%}",
+        "of floor": lambda r: "-" if (share := floor_share(r, rates)) is None else f"{share:.0%}",
         "vs eager": _ratio,
     }
 
@@ -165,7 +178,7 @@ def _table(rows: list[Row], columns: Columns) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _notes(rows: list[Row], gbs: float) -> str:
+def _notes(rows: list[Row], rates: Rates) -> str:
     fewest, most = (f(row["rounds"] for row in rows) for f in (min, max))
     rounds = str(most) if fewest == most else f"{fewest} to {most}"
     notes = [
@@ -181,12 +194,12 @@ def _notes(rows: list[Row], gbs: float) -> str:
         )
     if any(is_kernel(row) for row in _kernels(rows)):
         notes.append(
-            f"Floor: the time of the bytes that the operator must move at {gbs:,g} GB/s (`--gbs`), beside device time."
+            f"Floor: the time of what the operator must move and compute at {rates} (`--gbs`, `--tflops`), beside device time."
         )
     return "\n".join(notes)
 
 
-def plots(rows: list[Row], gbs: float) -> dict[str, Any]:
+def plots(rows: list[Row], rates: Rates) -> dict[str, Any]:
     """Figures by file name. Kernels have one only where kernels ran."""
     found = {}
     names = list(dict.fromkeys(map(machine, rows)))
@@ -205,9 +218,9 @@ def plots(rows: list[Row], gbs: float) -> dict[str, Any]:
                 panels = {
                     "microseconds (logarithmic)": "us",
                     "GB/s": "gb_per_s",
-                    f"share of the floor at {gbs:,g} GB/s": "floor",
+                    f"share of the floor at\n{rates}": "floor",
                 }
-                shown = [{**r, "us": r["device_us"], "floor": floor_share(r, gbs)} for r in kernels]
+                shown = [{**r, "us": r["device_us"], "floor": floor_share(r, rates)} for r in kernels]
                 for row in shown:
                     row |= {"us_p10": row["device_us_p10"], "us_p90": row["device_us_p90"]}
                 found[f"{operator}{suffix}.png"] = _bars(shown, panels, f"{operator}, {kernels[0]['dtype']}\n{name}")
@@ -312,16 +325,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the plots there")
     gbs = f"the chip's measured copy bandwidth, the floor of operators (default: {GBS_H200:,g}, an H200)"
+    tflops = f"its measured dense bfloat16 rate (default: {TFLOPS_H200:g}, an H200)"
+    parser.add_argument("--tflops", type=float, default=TFLOPS_H200, help=tflops)
     parser.add_argument("--gbs", type=float, default=GBS_H200, help=gbs)
     args = parser.parse_args(arguments)
     rows = load(args.files)
     if not rows:
         print("no benchmark rows in these files", file=sys.stderr)
         return 1
-    print(markdown(rows, args.gbs))
+    rates = Rates(args.gbs, args.tflops)
+    print(markdown(rows, rates))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        for name, figure in plots(rows, args.gbs).items():
+        for name, figure in plots(rows, rates).items():
             figure.savefig(args.out / name, dpi=130)
             print(f"![{name}]({name})")
     return 0

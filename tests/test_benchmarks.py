@@ -208,7 +208,7 @@ def test_the_report_shows_images_per_s_against_the_roofline(measured, tmp_path, 
     import report
 
     pytest.importorskip("matplotlib")
-    (figure,) = report.plots(report.load([file]), 1000.0).values()
+    (figure,) = report.plots(report.load([file]), report.Rates()).values()
     images, ratio = figure.axes
     lines = [c for c in images.collections if c.get_label() == "roofline"]
     assert [float(segment[0][0]) for line in lines for segment in line.get_segments()] == [2000.0]
@@ -228,6 +228,18 @@ def test_a_model_on_a_known_gpu_records_its_roofline(protocol, monkeypatch):
     found = {c.mode: bench_models.extra(c, device, {})["ideal_images_per_s"] for c in workloads.cases("model", "small", "cpu")}
     assert found["train"] is None
     assert 1e5 < found["infer"] < 989.5e12 / 2e9  # Ti/16: above 2 GFLOP an image
+
+
+def test_the_floor_is_of_bytes_or_of_flops(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+
+    rates = report.Rates(gbs=1000.0, tflops=100.0)
+    row = {"path": "kernel", "device_us": 10.0, "bytes": 5e6, "environment": {"device": "cuda"}}
+    assert report.floor_share(row, rates) == pytest.approx(0.5)
+    assert report.floor_share({**row, "flops": 8e8}, rates) == pytest.approx(0.8)
+    assert report.floor_share({**row, "flops": 1e8}, rates) == pytest.approx(0.5)
+    assert report.floor_share({**row, "path": "reference"}, rates) is None
 
 
 def test_the_report_refuses_a_file_without_rows(tmp_path):
