@@ -492,12 +492,10 @@ def _block_m(num_queries: int, largest: int) -> int:
 def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -> tuple[int, int, int]:
     """The most queries a tile, keys a block, and stages of the pipeline: what the resource report shows not to spill."""
     if dtype == torch.float32:  # multiplied without tensor cores, the operands held in registers
-        return (64 if width <= 80 else 32 if width <= 128 else 16), 16, 1
+        return 32, 16, 1
     mma_sync = arch // 10 not in _READS_SHARED
-    if width > 128:
-        return 64, 32 if not full_bias else 16, 2
-    if width == 128 and full_bias and mma_sync:
-        return 64, 16, 2
+    if width > 128 or (width == 128 and full_bias and mma_sync):
+        return 64, 16 if full_bias else 32, 2
     keys = 32 if width == 112 or (width > 96 and full_bias) else 64
     return 128, keys, 2 if mma_sync or full_bias else 3
 
@@ -509,11 +507,11 @@ def _layout(q: Tensor, num_keys: int, full_bias: bool, packed: bool) -> tuple[bo
     width, arch = sum(parts.values()), architecture(q.device)
     blocks = _key_blocks(num_keys)
     padded = sum(blocks)
-    # Registers a thread grow with the logits of all keys and the output: 254 at 336 (195 at 272).
-    one_pass = padded + width <= (336 if arch // 10 == 9 and not full_bias else 272)
-    # Two programs share an SM as long as K, V and 64 queries are below 113 KB.
-    fits = len(blocks) <= 3 and (2 * padded + 64) * width * 2 <= 113 * 1024 and (one_pass or not full_bias)
-    if arch // 10 in _READS_SHARED and q.dtype != torch.float32 and not packed and fits and num_queries > 16:
+    # Registers a thread grow with the logits of all keys and the output: about 250 at 336 on sm_90, at 272 on sm_100.
+    one_pass = padded + width <= (336 if arch // 10 == 9 else 272)
+    # Two programs share an SM as long as K, V and 64 queries are below 113 KB. A bias for each query takes registers too.
+    fits = len(blocks) <= 3 and (2 * padded + 64) * width * 2 <= 113 * 1024 and not full_bias and not packed
+    if arch // 10 in _READS_SHARED and q.dtype != torch.float32 and fits and num_queries > 16:
         tiles = triton.cdiv(num_queries, 64)
         # A program takes more than one tile when there are two waves of two programs an SM.
         splits = min(tiles, triton.cdiv(4 * multiprocessors(q.device), max(1, images[0] * num_heads)))
@@ -524,8 +522,9 @@ def _layout(q: Tensor, num_keys: int, full_bias: bool, packed: bool) -> tuple[bo
     block_m = min(largest, 64) if packed else _block_m(num_queries, largest)
     rest = num_keys % block_n
     tail = min(block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
+    wide = block_m == 128 or (q.dtype == torch.float32 and block_m == 32 and width > 64)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail}
-    return False, {**parts, **blocks, "num_warps": 8 if block_m == 128 else 4, "num_stages": stages}
+    return False, {**parts, **blocks, "num_warps": 8 if wide else 4, "num_stages": min(stages, 2) if block_m == 16 else stages}
 
 
 def _rows(x: Tensor) -> Tensor:
