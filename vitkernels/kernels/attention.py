@@ -496,11 +496,11 @@ def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -
     mma_sync = arch // 10 not in _READS_SHARED
     if width > 128 or (width == 128 and full_bias and mma_sync):
         return 64, 16 if full_bias else 32, 2
-    keys = 32 if width == 112 or (width > 96 and full_bias) else 64
+    keys = 32 if full_bias or width == 112 or (mma_sync and width > 80) else 64
     return 128, keys, 2 if mma_sync or full_bias else 3
 
 
-def _layout(q: Tensor, num_keys: int, full_bias: bool, packed: bool) -> tuple[bool, dict[str, int]]:
+def _layout(q: Tensor, num_keys: int, biased: bool, full_bias: bool, packed: bool) -> tuple[bool, dict[str, int]]:
     """Whether K and V stay resident, and the constants of that kernel with Triton's options."""
     *images, num_queries, num_heads, head_dim = q.shape
     parts = _parts(head_dim)
@@ -508,9 +508,10 @@ def _layout(q: Tensor, num_keys: int, full_bias: bool, packed: bool) -> tuple[bo
     blocks = _key_blocks(num_keys)
     padded = sum(blocks)
     # Registers a thread grow with the logits of all keys and the output: about 250 at 336 on sm_90, at 272 on sm_100.
-    one_pass = padded + width <= (336 if arch // 10 == 9 else 272)
+    one_pass = padded <= 256 and padded + width <= (272 if arch // 10 != 9 else 320 if biased else 336)
     # Two programs share an SM as long as K, V and 64 queries are below 113 KB. A bias for each query takes registers too.
-    fits = len(blocks) <= 3 and (2 * padded + 64) * width * 2 <= 113 * 1024 and not full_bias and not packed
+    shared = (2 * padded + 64) * width * 2
+    fits = 1 <= len(blocks) <= 3 and shared <= 113 * 1024 and (one_pass or width <= 80) and not full_bias and not packed
     if arch // 10 in _READS_SHARED and q.dtype != torch.float32 and fits and num_queries > 16:
         tiles = triton.cdiv(num_queries, 64)
         # A program takes more than one tile when there are two waves of two programs an SM.
@@ -520,11 +521,14 @@ def _layout(q: Tensor, num_keys: int, full_bias: bool, packed: bool) -> tuple[bo
         return True, {**parts, **keys, **rest, "num_warps": 4, "num_stages": 1}
     largest, block_n, stages = _stream_blocks(arch, q.dtype, width, full_bias)
     block_m = min(largest, 64) if packed else _block_m(num_queries, largest)
+    if block_m == 16:  # one query: attention pooling
+        block_n, stages = min(block_n, 32), min(stages, 2)
     rest = num_keys % block_n
     tail = min(block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
-    wide = block_m == 128 or (q.dtype == torch.float32 and block_m == 32 and width > 64)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail}
-    return False, {**parts, **blocks, "num_warps": 8 if wide else 4, "num_stages": min(stages, 2) if block_m == 16 else stages}
+    options = {"num_warps": 8 if block_m == 128 else 4, "num_stages": stages}
+    if q.dtype == torch.float32 and block_m == 32 and width > 64:
+        options |= {"num_warps": 8, "maxnreg": 128}  # ptxas would rather spill 8 bytes for a third program on an SM
+    return False, {**parts, "BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail, **options}
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -559,7 +563,7 @@ def launch_attention_fwd(
     key_only = bias_strides[2] == 0
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    resident, constants = _layout(q, num_keys, bias is not None and not key_only, packed)
+    resident, constants = _layout(q, num_keys, bias is not None, bias is not None and not key_only, packed)
     tiles = triton.cdiv(num_queries, constants["BLOCK_M"])
     common = {
         **constants,

@@ -188,8 +188,6 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, cu_seql
         reasons.append(f"the attention kernels compute in float32, got {', '.join(unsupported)}")
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         reasons.append(f"the attention kernels take a head dim of 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if cu_seqlens is None and k.shape[1] == 0:
-        reasons.append("there are no keys")
     return reasons
 
 

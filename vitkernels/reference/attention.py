@@ -28,7 +28,7 @@ def attention(
     images = [
         attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
-    return torch.cat(images) if images else torch.empty_like(q)
+    return torch.cat(images) if images else q.clone()
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
