@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
 WRITES = {
-    "_attention_resident_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
+    "_attention_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
     "_attention_stream_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
 }
 
@@ -192,7 +192,7 @@ def _finish(
 
 
 @triton.jit
-def _attention_resident_fwd_kernel(
+def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -578,7 +578,7 @@ def launch_attention_fwd(
     # One axis of the grid, since only the first passes 65,535; neighbours share a head, so that its K and V are in L2.
     if resident:
         splits = triton.cdiv(tiles, constants["TILES"])
-        _attention_resident_fwd_kernel[(images[0] * num_heads * splits,)](
+        _attention_fwd_kernel[(images[0] * num_heads * splits,)](
             q, k, v, bias, out, row_max, log_sum, num_queries, num_keys, num_heads, splits, *numbers, **common
         )
         return out, row_max, log_sum

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import multiprocessors
+from ._device import architecture, multiprocessors
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -540,11 +540,24 @@ def _parts(Dh: int) -> tuple[int, ...]:
     return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
 
 
-def _config(device: torch.device, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int) -> _Config:
-    if dtype == torch.float32:
+def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
+    """What compiles without spills (for Dh up to 128), read from the binaries; of that, the most programs an SM.
+
+    ``fills``: programs that fill the chip. Fewer heads are cut into blocks of rows.
+    """
+    if dtype == torch.float32:  # no tensor cores
         return _Config(False, 32, 32, 32, 4, 1)
-    one_program = max(N, M) <= 320 and heads >= 2 * multiprocessors(device)
-    return _Config(one_program, 64, 32, 32, 4, 1)
+    wgmma = arch in (90, 100)
+    if max(N, M) <= 320 and heads >= fills and not biased:
+        if wgmma and Dh <= 80:
+            return _Config(True, 64, 32, 32, 4, 1)
+        if Dh <= 64:
+            return _Config(True, 64, 16, 32, 4, 1)
+    if Dh <= 64:
+        return _Config(False, 64, 32, 64 if wgmma else 32, 4, 2)
+    if Dh <= 96:
+        return _Config(False, 64, 32, 32, 4, 2)
+    return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
 
 
 def _tail(n: int, block: int) -> int:
@@ -647,7 +660,8 @@ def _launch(
     packed = cu_seqlens is not None
     N, M, H, Dh = q.shape[-3], k.shape[-3], q.shape[-2], q.shape[-1]
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
-    config = _config(q.device, q.dtype, B * H, N, M, Dh)
+    fills = 2 * multiprocessors(q.device)
+    config = _config(architecture(q.device), q.dtype, B * H, N, M, Dh, fills, bias is not None)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import _select, reference
 from . import _check
@@ -72,12 +71,19 @@ def _attention_fwd_reference(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow
     return out.transpose(1, 2).to(q.dtype).contiguous(), row_max, log_sum
 
 
+def _product_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Of one product of queries and keys; packed images are taken to be equally long."""
+    keys = k.shape[-3] if cu_seqlens is None else k.shape[-3] // max(cu_seqlens.shape[0] - 1, 1)
+    return 2 * q.numel() * keys
+
+
 register(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cu_seqlens, int max_seqlen, float scale,"
     " bool allow_tf32) -> (Tensor out, Tensor row_max, Tensor log_sum)",
     fake=_attention_fwd_fake,
     stem="attention",
     reference=_attention_fwd_reference,
+    flops=lambda q, k, v, bias, cu_seqlens, *_: 2 * _product_flops(q, k, cu_seqlens),
 )
 
 
@@ -120,6 +126,7 @@ register(
     fake=_attention_bwd_fake,
     stem="attention_backward",
     reference=_attention_bwd_reference,
+    flops=lambda *args: 5 * _product_flops(args[1], args[2], args[8]),  # that are needed: one computes the logits again
 )
 
 
@@ -144,36 +151,8 @@ register(
     fake=_attention_qkv_bwd_fake,
     stem="attention_backward",
     reference=_attention_qkv_bwd_reference,
+    flops=lambda dout, qkv, *rest: 5 * _product_flops(dout, dout, rest[4]),
 )
-
-
-def _product_flops(q_shape, k_shape, cu_seqlens_shape) -> int:
-    """Of one product of queries and keys; packed images are taken to be equally long."""
-    *images, queries, heads, head_dim = q_shape
-    keys = k_shape[-3] // max(cu_seqlens_shape[0] - 1, 1) if cu_seqlens_shape is not None else k_shape[-3]
-    return 2 * queries * heads * head_dim * keys * (images[0] if images else 1)
-
-
-@register_flop_formula(torch.ops.vitkernels.attention_fwd)
-def _attention_fwd_flops(q_shape, k_shape, v_shape, bias_shape, cu_seqlens_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _product_flops(q_shape, k_shape, cu_seqlens_shape)
-
-
-# Of backward's products five are needed; the logits are computed again.
-
-
-@register_flop_formula(torch.ops.vitkernels.attention_bwd)
-def _attention_bwd_flops(
-    dout_shape, q_shape, k_shape, v_shape, out_shape_, row_max, log_sum, bias, cu_seqlens_shape, *args, out_shape=None, **kwargs
-) -> int:  # fmt: skip
-    return 5 * _product_flops(q_shape, k_shape, cu_seqlens_shape)
-
-
-@register_flop_formula(torch.ops.vitkernels.attention_qkv_bwd)
-def _attention_qkv_bwd_flops(
-    dout_shape, qkv_shape, out_shape_, row_max, log_sum, bias, cu_seqlens_shape, *args, out_shape=None, **kwargs
-) -> int:  # fmt: skip
-    return 5 * _product_flops(dout_shape, dout_shape, cu_seqlens_shape)
 
 
 # 2. Why not.
