@@ -154,16 +154,18 @@ def dry_run(arch: int) -> Iterator[list[Any]]:
         return kernel
 
     # _active, not active: without a GPU the property would look for a driver and raise.
-    before = driver._active, triton_compiler.max_shared_mem, _device._dry_run_multiprocessors
+    before = driver._active, triton_compiler.max_shared_mem
+    device_before = _device._dry_run_multiprocessors, _device._dry_run_architecture
     driver.set_active(_Driver(arch))
     triton_compiler.max_shared_mem = lambda device: 2**31
-    _device._dry_run_multiprocessors = CHIPS[arch].multiprocessors
+    _device._dry_run_multiprocessors, _device._dry_run_architecture = CHIPS[arch].multiprocessors, arch
     JITFunction.run = launch_and_keep
     try:
         yield compiled
     finally:
         JITFunction.run = launch
-        driver._active, triton_compiler.max_shared_mem, _device._dry_run_multiprocessors = before
+        driver._active, triton_compiler.max_shared_mem = before
+        _device._dry_run_multiprocessors, _device._dry_run_architecture = device_before
 
 
 # 2. Reading back.

@@ -26,7 +26,9 @@ CHIPS = {
     120: Chip("RTX 5090", 170, 101376, 102400, 48, 24),
 }
 
-_dry_run_multiprocessors = 1  # set by _aot.dry_run to those of the chip that it compiles for
+# Set by _aot.dry_run to those of the chip that it compiles for.
+_dry_run_multiprocessors = 1
+_dry_run_architecture = 90
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -34,3 +36,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _dry_run_multiprocessors if device.type == "meta" else 1
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of ``device``, ``90``; the interpreter on a CPU plays that one."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return _dry_run_architecture if device.type == "meta" else 90
