@@ -69,3 +69,62 @@ def inputs(B, N, M, H, Dh, dtype):
 @pytest.mark.parametrize(("N", "Dh"), [(197, 64), (64, 32), (65, 80), (257, 72)])
 def test_gradients_are_within_budget(N, Dh, dtype):
     check(*inputs(1, N, N, 2, Dh, dtype))
+
+
+BIASES = {
+    "relative positions (1, H, N, M)": lambda B, H, N, M: normal(1, H, N, M),
+    "images (B, 1, N, M)": lambda B, H, N, M: normal(B, 1, N, M),
+    "all (B, H, N, M)": lambda B, H, N, M: normal(B, H, N, M),
+    "keys (B, 1, 1, M)": lambda B, H, N, M: normal(B, 1, 1, M),
+    "shared (N, M)": lambda B, H, N, M: normal(N, M),
+}
+
+
+@pytest.mark.parametrize("one_program", [True, False], ids=["one program", "two passes"])
+@pytest.mark.parametrize("make", BIASES.values(), ids=BIASES)
+def test_bias_and_its_gradient_are_within_budget(make, one_program, monkeypatch):
+    force(monkeypatch, one_program)
+    q, k, v, dout = inputs(2, 65, 70, 2, 32, torch.bfloat16)
+    check(q, k, v, dout, make(2, 2, 65, 70).bfloat16(), need_dbias=True)
+
+
+def force(monkeypatch, one_program, **changes):
+    config = attention_backward._config
+    monkeypatch.setattr(
+        attention_backward, "_config", lambda *args: config(*args)._replace(one_program=one_program, **changes)
+    )
+
+
+@pytest.mark.parametrize("lengths", [[5], [64, 1, 0, 70], [0, 3, 0], [128, 64]], ids=str)
+def test_packed_sequences_get_the_gradients_of_each_alone(lengths):
+    H, Dh, total = 2, 32, sum(lengths)
+    qkv, dout = normal(total, 3, H, Dh, dtype=torch.bfloat16, std=1.7), normal(total, H, Dh, dtype=torch.bfloat16)
+    ends = list(itertools.accumulate([0, *lengths]))
+    out, row_max, log_sum = torch.zeros(total, H, Dh, dtype=qkv.dtype), torch.zeros(H, total), torch.zeros(H, total)
+    for a, b in itertools.pairwise(ends):
+        if b > a:
+            o, m, s = statistics(*qkv[None, a:b].unbind(2), None, Dh**-0.5)
+            out[a:b], row_max[:, a:b], log_sum[:, a:b] = o[0], m[0], s[0]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    dqkv, dbias = attention_backward.launch_attention_qkv_bwd(
+        dout, qkv, out, row_max, log_sum, None, cu_seqlens, 0, Dh**-0.5, False, False
+    )
+    assert dbias.numel() == 0
+    for a, b in itertools.pairwise(ends):
+        if b > a:
+            image = [t[None, a:b] for t in qkv.unbind(1)]
+            eager = gradients(*image, None, dout[None, a:b], Dh**-0.5)
+            oracle = gradients(*(t.double() for t in image), None, dout[None, a:b].double(), Dh**-0.5)
+            for i, name in enumerate(("dq", "dk", "dv")):
+                assert_within_budget(name, dqkv[None, a:b, i], eager[i], oracle[i])
+
+
+def test_gradient_of_a_bias_that_all_keys_share_is_summed_over_them():
+    """It is sum(dout * out) - delta = 0 by the softmax; with zeros passed for out, delta is 0 and the sum shows."""
+    q, k, v, dout = inputs(2, 65, 70, 2, 32, torch.float32)
+    out, row_max, log_sum = statistics(q, k, v, None, 0.2)
+    bias = torch.zeros(2, 65, 1)
+    *_, dbias = attention_backward.launch_attention_bwd(
+        dout, q, k, v, torch.zeros_like(out), row_max, log_sum, bias, None, 0, 0.2, False, True
+    )
+    torch.testing.assert_close(dbias, (dout * out).sum((0, 3)).T[..., None], atol=1e-4, rtol=1e-4)

@@ -28,16 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import architecture, multiprocessors
+from ._device import multiprocessors
 
 if TYPE_CHECKING:
     from ._aot import Shape
 
 # The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
 WRITES = {
-    "_attention_bwd_kernel": ("delta_ptr", "dq_ptr", "dk_ptr", "dv_ptr"),
-    "_attention_bwd_dq_kernel": ("delta_ptr", "dq_ptr"),
-    "_attention_bwd_dkdv_kernel": ("dk_ptr", "dv_ptr"),
+    "_attention_bwd_kernel": ("statistics_ptr", "dq_ptr", "dk_ptr", "dv_ptr"),
     "_attention_dbias_kernel": ("dbias_ptr",),
     "_sum_partials_kernel": ("out_ptr",),
 }
@@ -126,7 +124,7 @@ def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _p_and_ds(
-    a, b, da, db, row_max, log_sum, delta, bias_pointers, bias_mask, key_mask, scale,
+    a, b, da, db, row_max, log2_sum, delta, bias_pointers, bias_mask, key_mask, scale,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Equations (4) and (6) for a tile a x b: queries x keys with da = dout, db = v, or keys x queries with da = v, db = dout.
@@ -135,36 +133,56 @@ def _p_and_ds(
     """
     s = _inner(a, b, PARTS, PRECISION)
     if bias_pointers is None:
-        p = tl.exp2(s * (scale * LOG2E) - (row_max + log_sum) * LOG2E)
+        p = tl.exp2(s * (scale * LOG2E) - log2_sum)
         if key_mask is not None:
             p = tl.where(key_mask, p, 0.0)
     else:
-        # In natural units up to here: in those of log 2, finfo.min would be -inf. And row_max apart from log_sum, which a
-        # finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
+        # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
+        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
         if bias_mask is None:
             bias = tl.load(bias_pointers)
         else:
             bias = tl.load(bias_pointers, mask=bias_mask, other=float("-inf"))
-        p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log_sum * LOG2E)
+        p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log2_sum)
     dp = _inner(da, db, PARTS, PRECISION)
     return p, p * (dp - delta)
 
 
+# What a tile needs to know of its queries lies in rows of four: row_max, log2_sum, delta, nothing. Four, because Triton moves a
+# load of at least as many elements as threads through shared memory; fewer, each thread fetches alone for all its columns (48
+# loads and 64-bit addresses for 64 queries, which spill).
+
+
 @triton.jit
-def _load_statistics(
-    row_max_ptr, log_sum_ptr, delta_ptr, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr
+def _store_statistics(
+    statistics_ptr, row_max_ptr, log_sum_ptr, delta, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
+    """Returns row_max and log2_sum; the latter includes the former unless NATURAL. 0 and +inf where there is no row."""
     rows = tl.arange(0, ROWS)
+    mask = rows < num_rows
+    row_max = tl.load(row_max_ptr + rows, mask=mask, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=mask, other=float("inf"))
+    log2_sum = (log_sum if NATURAL else row_max + log_sum) * LOG2E
+    tl.store(statistics_ptr + rows * 4, row_max, mask=mask)
+    tl.store(statistics_ptr + rows * 4 + 1, log2_sum, mask=mask)
+    tl.store(statistics_ptr + rows * 4 + 2, delta, mask=mask)
+    return row_max, log2_sum
+
+
+@triton.jit
+def _load_statistics(statistics_ptr, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """row_max, log2_sum and delta of ROWS queries."""
+    rows, fields = tl.arange(0, ROWS), tl.arange(0, 4)
+    pointers = statistics_ptr + rows[:, None] * 4 + fields[None, :]
     if MASKED:
-        mask = rows < num_rows
-        row_max = tl.load(row_max_ptr + rows, mask=mask, other=0.0)
-        log_sum = tl.load(log_sum_ptr + rows, mask=mask, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=mask, other=0.0)
+        nothing = tl.where(fields == 1, float("inf"), 0.0)[None, :]
+        tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=tl.broadcast_to(nothing, (ROWS, 4)))
     else:
-        row_max = tl.load(row_max_ptr + rows)
-        log_sum = tl.load(log_sum_ptr + rows)
-        delta = tl.load(delta_ptr + rows)
-    return row_max, log_sum, delta
+        tile = tl.load(pointers)
+    even, odd = tl.split(tl.reshape(tile, (ROWS, 2, 2)))
+    row_max, delta = tl.split(even)
+    log2_sum, _ = tl.split(odd)
+    return row_max, log2_sum, delta
 
 
 @triton.jit
@@ -202,194 +220,12 @@ def _bias_tile(
             return pointers, None
 
 
-@triton.jit
-def _keys_by_queries(
-    k, v, q, dout, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, bias_query_stride, bias_key_stride, scale,
-    first_query, first_key, num_queries, num_keys,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES_MASKED: tl.constexpr, KEYS_MASKED: tl.constexpr,
-    KEY_ONLY: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """p^T and ds^T of a key block and a query block."""
-    row_max, log_sum, delta = _load_statistics(
-        row_max_ptr + first_query, log_sum_ptr + first_query, delta_ptr + first_query, num_queries - first_query,
-        QUERIES, QUERIES_MASKED,
-    )  # fmt: skip
-    pointers, mask = _bias_tile(
-        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, QUERIES_MASKED or KEYS_MASKED, KEY_ONLY, True,
-    )  # fmt: skip
-    key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[:, None] if KEYS_MASKED else None
-    return _p_and_ds(
-        k, q, v, dout, row_max[None, :], log_sum[None, :], delta[None, :], pointers, mask, key_mask, scale, PARTS, PRECISION
-    )
-
-
-# One program a head.
-
-
-@triton.jit
-def _one_query_block(
-    first_query, dout_ptr, q_ptr, out_ptr, delta_ptr, dout_stride, q_stride, out_stride, num_queries,
-    QUERIES: tl.constexpr, MASKED: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    row = tl.cast(first_query, tl.int64)
-    left = num_queries - first_query
-    q = _load_rows(q_ptr + row * q_stride, q_stride, left, QUERIES, MASKED, DH, PARTS)
-    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, left, QUERIES, MASKED, DH, PARTS)
-    out = _load_rows(out_ptr + row * out_stride, out_stride, left, QUERIES, MASKED, DH, PARTS)
-    rows = tl.arange(0, QUERIES)
-    tl.store(delta_ptr + row + rows, _delta(out, dout, PARTS), mask=rows < left)
-    return q, dout
-
-
-@triton.jit
-def _one_key_block(
-    first_key, q, dout, dq, k_ptr, v_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, dk_ptr, dv_ptr,
-    k_stride, v_stride, dkv_stride, bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-    KEYS: tl.constexpr, MASKED: tl.constexpr, QUERY_BLOCKS: tl.constexpr, LAST_MASKED: tl.constexpr,
-    KEY_ONLY: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    row = tl.cast(first_key, tl.int64)
-    k = _load_rows(k_ptr + row * k_stride, k_stride, num_keys - first_key, KEYS, MASKED, DH, PARTS)
-    v = _load_rows(v_ptr + row * v_stride, v_stride, num_keys - first_key, KEYS, MASKED, DH, PARTS)
-    dk = _zeros(KEYS, PARTS)
-    dv = _zeros(KEYS, PARTS)
-    new_dq = ()
-    for i in tl.static_range(len(QUERY_BLOCKS)):
-        p, ds = _keys_by_queries(
-            k, v, q[i], dout[i], row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, bias_query_stride, bias_key_stride, scale,
-            _first(QUERY_BLOCKS, i), first_key, num_queries, num_keys,
-            _width(QUERY_BLOCKS, i), KEYS, LAST_MASKED and i + 1 == len(QUERY_BLOCKS), MASKED, KEY_ONLY, PARTS, PRECISION,
-        )  # fmt: skip
-        dv = _add_product(dv, p, dout[i], PARTS, PRECISION)
-        dk = _add_product(dk, ds, q[i], PARTS, PRECISION)
-        new_dq = new_dq + (_add_product(dq[i], tl.trans(ds), k, PARTS, PRECISION),)  # noqa: RUF005
-    _store_rows(dk_ptr + row * dkv_stride, dkv_stride, num_keys - first_key, dk, scale, KEYS, MASKED, DH, PARTS)
-    _store_rows(dv_ptr + row * dkv_stride, dkv_stride, num_keys - first_key, dv, 1.0, KEYS, MASKED, DH, PARTS)
-    return new_dq
-
-
-@triton.jit
-def _attention_bwd_kernel(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    bias_ptr,
-    delta_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dq_strides,
-    dkv_strides,
-    bias_strides,
-    num_queries,
-    num_keys,
-    num_heads,
-    scale,
-    UNIT: tl.constexpr,
-    KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr,
-    LAST_MASKED: tl.constexpr,
-    KEYS: tl.constexpr,
-    KEYS_MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    image, head = program // num_heads, program % num_heads
-    dout_ptr += (image * dout_strides[0] + head * dout_strides[2]) * UNIT
-    q_ptr += (image * q_strides[0] + head * q_strides[2]) * UNIT
-    k_ptr += (image * k_strides[0] + head * k_strides[2]) * UNIT
-    v_ptr += (image * v_strides[0] + head * v_strides[2]) * UNIT
-    out_ptr += (image * out_strides[0] + head * out_strides[2]) * UNIT
-    dq_ptr += (image * dq_strides[0] + head * dq_strides[2]) * UNIT
-    dk_ptr += (image * dkv_strides[0] + head * dkv_strides[2]) * UNIT
-    dv_ptr += (image * dkv_strides[0] + head * dkv_strides[2]) * UNIT
-    row_max_ptr += program * num_queries
-    log_sum_ptr += program * num_queries
-    delta_ptr += program * num_queries
-    if bias_ptr is not None:
-        bias_ptr += image * bias_strides[0] + head * bias_strides[1]
-
-    q, dout, dq = (), (), ()
-    for i in tl.static_range(len(QUERY_BLOCKS)):
-        block = _one_query_block(
-            _first(QUERY_BLOCKS, i), dout_ptr, q_ptr, out_ptr, delta_ptr, dout_strides[1] * UNIT, q_strides[1] * UNIT,
-            out_strides[1] * UNIT, num_queries,
-            _width(QUERY_BLOCKS, i), LAST_MASKED and i + 1 == len(QUERY_BLOCKS), DH, PARTS,
-        )  # fmt: skip
-        q = q + (block[0],)  # noqa: RUF005
-        dout = dout + (block[1],)  # noqa: RUF005
-        dq = dq + (_zeros(_width(QUERY_BLOCKS, i), PARTS),)  # noqa: RUF005
-    # delta and the statistics are read back for each tile: held, they would take a register for each of its columns.
-    tl.debug_barrier()
-
-    full = num_keys // KEYS * KEYS
-    for first_key in range(0, full, KEYS):
-        dq = _one_key_block(
-            first_key, q, dout, dq, k_ptr, v_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, dk_ptr, dv_ptr,
-            k_strides[1] * UNIT, v_strides[1] * UNIT, dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3],
-            num_queries, num_keys, scale,
-            KEYS, False, QUERY_BLOCKS, LAST_MASKED, KEY_ONLY, DH, PARTS, PRECISION,
-        )  # fmt: skip
-    if KEYS_MASKED:
-        dq = _one_key_block(
-            full, q, dout, dq, k_ptr, v_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, dk_ptr, dv_ptr,
-            k_strides[1] * UNIT, v_strides[1] * UNIT, dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3],
-            num_queries, num_keys, scale,
-            KEYS, True, QUERY_BLOCKS, LAST_MASKED, KEY_ONLY, DH, PARTS, PRECISION,
-        )  # fmt: skip
-
-    for i in tl.static_range(len(QUERY_BLOCKS)):
-        row = tl.cast(_first(QUERY_BLOCKS, i), tl.int64) * UNIT
-        left = num_queries - _first(QUERY_BLOCKS, i)
-        _store_rows(
-            dq_ptr + row * dq_strides[1], dq_strides[1] * UNIT, left, dq[i], scale,
-            _width(QUERY_BLOCKS, i), LAST_MASKED and i + 1 == len(QUERY_BLOCKS), DH, PARTS,
-        )  # fmt: skip
-
-
-# Two kernels: dq by query block, which also leaves delta, then dk and dv by key block.
-
-
-@triton.jit
-def _locate(cu_seqlens_ptr, num_rows, num_heads, num_images, num_blocks, BLOCK: tl.constexpr):
-    """Image, head, the image's first row in packed tensors, its number of rows, and the first row of this program's block."""
-    program = tl.program_id(0)
-    if cu_seqlens_ptr is None:
-        block = program % num_blocks  # programs of one head are neighbours: what they share is in L2
-        image = program // num_blocks // num_heads
-        head = program // num_blocks % num_heads
-        return image.to(tl.int64), head.to(tl.int64), tl.cast(0, tl.int64), num_rows, block * BLOCK
-    else:
-        # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, and total // BLOCK + B of them
-        # in all, which the host knows without reading a length. A spare one lies beyond the last row of its image.
-        block = program // num_heads
-        image = -1
-        for first in range(0, num_images, 256):
-            images = first + tl.arange(0, 256)
-            exists = images < num_images
-            starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
-            image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
-        start = tl.load(cu_seqlens_ptr + image)
-        length = tl.load(cu_seqlens_ptr + image + 1) - start
-        first_row = (block - start // BLOCK - image) * BLOCK
-        return tl.cast(image, tl.int64), tl.cast(program % num_heads, tl.int64), start.to(tl.int64), length, first_row
+# One block of queries, or of keys.
 
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, row_max, log_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+    dq, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
     bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -403,181 +239,175 @@ def _dq_step(
     )  # fmt: skip
     key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
     _, ds = _p_and_ds(
-        q, k, dout, v, row_max[:, None], log_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, PARTS, PRECISION
+        q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, PARTS, PRECISION
     )
     return _add_product(dq, ds, k, PARTS, PRECISION)
 
 
 @triton.jit
-def _attention_bwd_dq_kernel(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    bias_ptr,
-    cu_seqlens_ptr,
-    delta_ptr,
-    dq_ptr,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dq_strides,
-    statistics_strides,
-    bias_strides,
-    num_queries,
-    num_keys,
-    num_heads,
-    num_images,
-    num_blocks,
-    scale,
-    UNIT: tl.constexpr,
-    KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    KEY_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    image, head, packed_row, num_queries, first_query = _locate(
-        cu_seqlens_ptr, num_queries, num_heads, num_images, num_blocks, QUERIES
-    )
-    if cu_seqlens_ptr is not None:
-        num_keys = tl.where(first_query < num_queries, num_queries, 0)
-    row = packed_row + first_query
-    dout_ptr += (image * dout_strides[0] + row * dout_strides[1] + head * dout_strides[2]) * UNIT
-    q_ptr += (image * q_strides[0] + row * q_strides[1] + head * q_strides[2]) * UNIT
-    k_ptr += (image * k_strides[0] + packed_row * k_strides[1] + head * k_strides[2]) * UNIT
-    v_ptr += (image * v_strides[0] + packed_row * v_strides[1] + head * v_strides[2]) * UNIT
-    out_ptr += (image * out_strides[0] + row * out_strides[1] + head * out_strides[2]) * UNIT
-    dq_ptr += (image * dq_strides[0] + row * dq_strides[1] + head * dq_strides[2]) * UNIT
-    statistics = image * statistics_strides[0] + head * statistics_strides[1] + row
-    if bias_ptr is not None:
-        bias_ptr += image * bias_strides[0] + head * bias_strides[1]
-
+def _dq_block(
+    first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr, dq_ptr,
+    dout_stride, q_stride, k_stride, v_stride, out_stride, dq_stride, bias_query_stride, bias_key_stride,
+    num_queries, num_keys, scale,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY_TAIL: tl.constexpr, KEY_ONLY: tl.constexpr,
+    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of QUERIES queries, and their statistics."""
     left = num_queries - first_query
-    rows = tl.arange(0, QUERIES)
-    q = _load_rows(q_ptr, q_strides[1] * UNIT, left, QUERIES, True, DH, PARTS)
-    dout = _load_rows(dout_ptr, dout_strides[1] * UNIT, left, QUERIES, True, DH, PARTS)
-    out = _load_rows(out_ptr, out_strides[1] * UNIT, left, QUERIES, True, DH, PARTS)
+    row = tl.cast(first_query, tl.int64)
+    q = _load_rows(q_ptr + row * q_stride, q_stride, left, QUERIES, True, DH, PARTS)
+    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, left, QUERIES, True, DH, PARTS)
+    out = _load_rows(out_ptr + row * out_stride, out_stride, left, QUERIES, True, DH, PARTS)
     delta = _delta(out, dout, PARTS)
-    tl.store(delta_ptr + statistics + rows, delta, mask=rows < left)
-    row_max = tl.load(row_max_ptr + statistics + rows, mask=rows < left, other=0.0)
-    log_sum = tl.load(log_sum_ptr + statistics + rows, mask=rows < left, other=float("inf"))
+    row_max, log2_sum = _store_statistics(
+        statistics_ptr + row * 4, row_max_ptr + row, log_sum_ptr + row, delta, left, bias_ptr is not None, QUERIES
+    )
 
     dq = _zeros(QUERIES, PARTS)
     full = num_keys // KEYS * KEYS
     for first_key in range(0, full, KEYS):
         dq = _dq_step(
-            dq, q, dout, row_max, log_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr,
-            k_strides[1] * UNIT, v_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+            dq, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+            bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEYS, False, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
     if KEY_TAIL > 0:
         dq = _dq_step(
-            dq, q, dout, row_max, log_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr,
-            k_strides[1] * UNIT, v_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+            dq, q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+            bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEY_TAIL, True, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
-    _store_rows(dq_ptr, dq_strides[1] * UNIT, left, dq, scale, QUERIES, True, DH, PARTS)
+    _store_rows(dq_ptr + row * dq_stride, dq_stride, left, dq, scale, QUERIES, True, DH, PARTS)
 
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr,
-    q_stride, dout_stride, bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
+    dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
+    bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.cast(first_query, tl.int64)
-    q = _load_rows(q_ptr + row * q_stride, q_stride, num_queries - first_query, QUERIES, MASKED, DH, PARTS)
-    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, num_queries - first_query, QUERIES, MASKED, DH, PARTS)
+    row, left = tl.cast(first_query, tl.int64), num_queries - first_query
+    q = _load_rows(q_ptr + row * q_stride, q_stride, left, QUERIES, MASKED, DH, PARTS)
+    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, left, QUERIES, MASKED, DH, PARTS)
+    row_max, log2_sum, delta = _load_statistics(statistics_ptr + row * 4, left, QUERIES, MASKED)
     # A key that does not exist spoils nothing but its own dk and dv, which are not stored; only its bias must not be read.
-    p, ds = _keys_by_queries(
-        k, v, q, dout, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr, bias_query_stride, bias_key_stride, scale,
-        first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, MASKED, bias_ptr is not None, KEY_ONLY, PARTS, PRECISION,
+    pointers, mask = _bias_tile(
+        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
+        QUERIES, KEYS, True, KEY_ONLY, True,
     )  # fmt: skip
+    # Keys x queries: p and ds are left operands straight from registers, and few last queries (197 = 3 * 64 + 5) are a
+    # number of columns, which tensor cores take in steps of 8.
+    p, ds = _p_and_ds(
+        k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale, PARTS, PRECISION
+    )
     return _add_product(dk, ds, q, PARTS, PRECISION), _add_product(dv, p, dout, PARTS, PRECISION)
 
 
 @triton.jit
-def _attention_bwd_dkdv_kernel(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    delta_ptr,
-    bias_ptr,
-    cu_seqlens_ptr,
-    dk_ptr,
-    dv_ptr,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    dkv_strides,
-    statistics_strides,
-    bias_strides,
-    num_queries,
-    num_keys,
-    num_heads,
-    num_images,
-    num_blocks,
-    scale,
-    UNIT: tl.constexpr,
-    KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    image, head, packed_row, num_keys, first_key = _locate(cu_seqlens_ptr, num_keys, num_heads, num_images, num_blocks, KEYS)
-    if cu_seqlens_ptr is not None:
-        num_queries = tl.where(first_key < num_keys, num_keys, 0)
-    row = packed_row + first_key
-    dout_ptr += (image * dout_strides[0] + packed_row * dout_strides[1] + head * dout_strides[2]) * UNIT
-    q_ptr += (image * q_strides[0] + packed_row * q_strides[1] + head * q_strides[2]) * UNIT
-    k_ptr += (image * k_strides[0] + row * k_strides[1] + head * k_strides[2]) * UNIT
-    v_ptr += (image * v_strides[0] + row * v_strides[1] + head * v_strides[2]) * UNIT
-    dk_ptr += (image * dkv_strides[0] + row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
-    dv_ptr += (image * dkv_strides[0] + row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
-    statistics = image * statistics_strides[0] + head * statistics_strides[1] + packed_row
-    row_max_ptr += statistics
-    log_sum_ptr += statistics
-    delta_ptr += statistics
-    if bias_ptr is not None:
-        bias_ptr += image * bias_strides[0] + head * bias_strides[1]
-
+def _dkdv_block(
+    first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
+    dout_stride, q_stride, k_stride, v_stride, dkv_stride, bias_query_stride, bias_key_stride,
+    num_queries, num_keys, scale,
+    QUERIES: tl.constexpr, QUERY_TAIL: tl.constexpr, KEYS: tl.constexpr, KEY_ONLY: tl.constexpr,
+    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of KEYS keys."""
     left = num_keys - first_key
-    k = _load_rows(k_ptr, k_strides[1] * UNIT, left, KEYS, True, DH, PARTS)
-    v = _load_rows(v_ptr, v_strides[1] * UNIT, left, KEYS, True, DH, PARTS)
+    row = tl.cast(first_key, tl.int64)
+    k = _load_rows(k_ptr + row * k_stride, k_stride, left, KEYS, True, DH, PARTS)
+    v = _load_rows(v_ptr + row * v_stride, v_stride, left, KEYS, True, DH, PARTS)
     dk = _zeros(KEYS, PARTS)
     dv = _zeros(KEYS, PARTS)
     full = num_queries // QUERIES * QUERIES
     for first_query in range(0, full, QUERIES):
         dk, dv = _dkdv_step(
-            dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr,
-            q_strides[1] * UNIT, dout_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+            dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
+            bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEYS, False, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
     if QUERY_TAIL > 0:
         dk, dv = _dkdv_step(
-            dk, dv, k, v, full, first_key, q_ptr, dout_ptr, row_max_ptr, log_sum_ptr, delta_ptr, bias_ptr,
-            q_strides[1] * UNIT, dout_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+            dk, dv, k, v, full, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
+            bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERY_TAIL, KEYS, True, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
-    _store_rows(dk_ptr, dkv_strides[1] * UNIT, left, dk, scale, KEYS, True, DH, PARTS)
-    _store_rows(dv_ptr, dkv_strides[1] * UNIT, left, dv, 1.0, KEYS, True, DH, PARTS)
+    _store_rows(dk_ptr + row * dkv_stride, dkv_stride, left, dk, scale, KEYS, True, DH, PARTS)
+    _store_rows(dv_ptr + row * dkv_stride, dkv_stride, left, dv, 1.0, KEYS, True, DH, PARTS)
+
+
+@triton.jit
+def _locate(cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK: tl.constexpr):
+    """Image, head, the image's first row in packed tensors, its number of rows (packed), and which of its blocks."""
+    program = tl.program_id(0)
+    if cu_seqlens_ptr is None:
+        head = program // programs_per_head  # programs of one head are neighbours: what they share is in L2
+        image = head // num_heads
+        return tl.cast(image, tl.int64), tl.cast(head % num_heads, tl.int64), tl.cast(0, tl.int64), 0, program % programs_per_head
+    else:
+        # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, and total // BLOCK + B of them
+        # in all, which the host knows without reading a length. A spare one lies beyond the last row of its image.
+        block = program // num_heads
+        image = -1
+        for first in range(0, num_images, 256):
+            images = first + tl.arange(0, 256)
+            exists = images < num_images
+            starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
+            image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
+        start = tl.load(cu_seqlens_ptr + image)
+        length = tl.load(cu_seqlens_ptr + image + 1) - start
+        block = block - start // BLOCK - image
+        return tl.cast(image, tl.int64), tl.cast(program % num_heads, tl.int64), start.to(tl.int64), length, block
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, cu_seqlens_ptr,
+    statistics_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dkv_strides, row_strides, bias_strides,
+    num_queries, num_keys, num_heads, num_images, programs_per_head, scale,
+    UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, QUERY_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of every programs_per_head-th block of queries, and then dk and dv of the blocks of keys if one program has them all."""
+    image, head, packed_row, packed_length, first_block = _locate(
+        cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK
+    )
+    dout_ptr += (image * dout_strides[0] + packed_row * dout_strides[1] + head * dout_strides[2]) * UNIT
+    q_ptr += (image * q_strides[0] + packed_row * q_strides[1] + head * q_strides[2]) * UNIT
+    k_ptr += (image * k_strides[0] + packed_row * k_strides[1] + head * k_strides[2]) * UNIT
+    v_ptr += (image * v_strides[0] + packed_row * v_strides[1] + head * v_strides[2]) * UNIT
+    statistics_ptr += (image * row_strides[0] + head * row_strides[1] + packed_row) * 4
+    if bias_ptr is not None:
+        bias_ptr += image * bias_strides[0] + head * bias_strides[1]
+    if cu_seqlens_ptr is not None:
+        num_queries = packed_length
+        num_keys = packed_length
+
+    if dq_ptr is not None:
+        out_ptr += (image * out_strides[0] + packed_row * out_strides[1] + head * out_strides[2]) * UNIT
+        dq_ptr += (image * dq_strides[0] + packed_row * dq_strides[1] + head * dq_strides[2]) * UNIT
+        row_max_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
+        log_sum_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
+        for first_query in range(first_block * BLOCK, num_queries, programs_per_head * BLOCK):
+            _dq_block(
+                first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr,
+                dq_ptr, dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
+                out_strides[1] * UNIT, dq_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+                BLOCK, STEP, KEY_TAIL, KEY_ONLY, DH, PARTS, PRECISION,
+            )  # fmt: skip
+    if dq_ptr is not None and dk_ptr is not None:
+        tl.debug_barrier()  # the statistics pass from thread to thread
+    if dk_ptr is not None:
+        dk_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
+        dv_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
+        for first_key in range(first_block * BLOCK, num_keys, programs_per_head * BLOCK):
+            _dkdv_block(
+                first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
+                dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
+                dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
+                STEP, QUERY_TAIL, BLOCK, KEY_ONLY, DH, PARTS, PRECISION,
+            )  # fmt: skip
 
 
 # The bias: ds once more (2 products), summed over what was broadcast in a fixed order.
@@ -589,9 +419,7 @@ def _attention_dbias_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    delta_ptr,
+    statistics_ptr,
     bias_ptr,
     dbias_ptr,
     dout_strides,
@@ -648,15 +476,13 @@ def _attention_dbias_kernel(
         k = _load_rows(k_ptr + k_row * UNIT, k_strides[1] * UNIT, keys_left, KEYS, True, DH, PARTS)
         v = _load_rows(v_ptr + v_row * UNIT, v_strides[1] * UNIT, keys_left, KEYS, True, DH, PARTS)
         statistics = (image * num_heads + head) * num_queries + first_query
-        row_max, log_sum, delta = _load_statistics(
-            row_max_ptr + statistics, log_sum_ptr + statistics, delta_ptr + statistics, queries_left, QUERIES, True
-        )
+        row_max, log2_sum, delta = _load_statistics(statistics_ptr + statistics * 4, queries_left, QUERIES, True)
         pointers, mask = _bias_tile(
             bias_ptr + image * bias_strides[0] + head * bias_strides[1], bias_strides[2], bias_strides[3],
             first_query, first_key, num_queries, num_keys, QUERIES, KEYS, True, KEY_ONLY, False,
         )  # fmt: skip
         _, ds = _p_and_ds(
-            q, k, dout, v, row_max[:, None], log_sum[:, None], delta[:, None], pointers, mask, None, scale, PARTS, PRECISION
+            q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, None, scale, PARTS, PRECISION
         )
         total += ds
 
@@ -687,11 +513,11 @@ def _sum_partials_kernel(partial_ptr, out_ptr, num_partials, num_elements, BLOCK
 
 
 class _Config(NamedTuple):
-    """Tile sizes and warps of the kernels for one head dim, dtype and chip; ``one_program``: a program for each head."""
+    """How to run one shape. ``block``: rows of dq, or of dk and dv, at a time; ``step``: of what they are summed over."""
 
     one_program: bool
-    queries: int
-    keys: int
+    block: int
+    step: int
     num_warps: int
     num_stages: int
 
@@ -702,23 +528,15 @@ def _parts(Dh: int) -> tuple[int, ...]:
     return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
 
 
-def _config(device: torch.device, dtype: torch.dtype, N: int, Dh: int, packed: bool) -> _Config:
+def _config(device: torch.device, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int) -> _Config:
     if dtype == torch.float32:
         return _Config(False, 32, 32, 4, 1)
-    width = sum(_parts(Dh))
-    blocks = _blocks(N, 64)
-    if not packed and sum(blocks) * width <= 256 * 64 + 1024:
-        return _Config(True, 64, 64, 4, 1)
-    return _Config(False, 64, 64, 4, 2)
-
-
-def _blocks(n: int, block: int) -> tuple[int, ...]:
-    """``n`` rows as full blocks and the smallest tail that holds the rest: 197 -> (64, 64, 64, 16)."""
-    tail = _tail(n, block)
-    return (block,) * (n // block) + ((tail,) if tail else ())
+    one_program = max(N, M) <= 320 and heads >= 2 * multiprocessors(device)
+    return _Config(one_program, 64, 64, 4, 1)
 
 
 def _tail(n: int, block: int) -> int:
+    """The smallest tile for what full blocks leave of ``n`` rows: 16 for 197 = 3 * 64 + 5."""
     return max(16, triton.next_power_of_2(n % block)) if n % block else 0
 
 
@@ -809,97 +627,69 @@ def _launch(
             t.zero_()
         return torch.zeros_like(bias, memory_format=torch.contiguous_format) if need_dbias else row_max.new_empty(0)
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
-    config = _config(q.device, q.dtype, q.shape[-3], q.shape[-1], cu_seqlens is not None)
     bias_view = None if bias is None else bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, N or 1, M or 1)
     bias_strides = (0,) * 4 if bias is None else _strides(bias_view)
     strides = [_row_strides(t) for t in (dout, q, k, v, out, dq, dk)]
     unit = 8 if all(stride % 8 == 0 for group in strides for stride in group) else 1
     *strides, out_strides, dq_strides, dkv_strides = (tuple(stride // unit for stride in group) for group in strides)
+    packed = cu_seqlens is not None
+    N, M, H, Dh = q.shape[-3], k.shape[-3], q.shape[-2], q.shape[-1]
+    B = cu_seqlens.numel() - 1 if packed else q.shape[0]
+    config = _config(q.device, q.dtype, B * H, N, M, Dh)
     common = {
-        **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "row_max_ptr": row_max, "log_sum_ptr": log_sum},
+        **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
+        "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),
         **dict(zip(("dout_strides", "q_strides", "k_strides", "v_strides"), strides, strict=True)),
-        **{"bias_ptr": bias_view, "bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0, "scale": scale},
-        **{"num_queries": q.shape[-3], "num_keys": k.shape[-3], "num_heads": q.shape[-2]},
-        **{"UNIT": unit, "DH": q.shape[-1], "PARTS": _parts(q.shape[-1]), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
+        **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
+        **{"UNIT": unit, "DH": Dh, "PARTS": _parts(Dh), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"num_warps": config.num_warps, "num_stages": config.num_stages},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }
-    common["delta_ptr"] = torch.empty_like(row_max)
-    outs = {"out_ptr": out, "out_strides": out_strides, "dq_ptr": dq, "dq_strides": dq_strides}
-    gradients = {"dk_ptr": dk, "dv_ptr": dv, "dkv_strides": dkv_strides}
-    if config.one_program:
-        _launch_one_program(config, common, outs, gradients)
+
+    dq_pass = {"out_ptr": out, "row_max_ptr": row_max, "log_sum_ptr": log_sum, "dq_ptr": dq}
+    dkdv_pass = {"dk_ptr": dk, "dv_ptr": dv}
+    absent = dict.fromkeys((*dq_pass, *dkdv_pass))
+
+    def launch(tensors: dict[str, Tensor], blocks: int, programs_per_head: int) -> None:
+        _attention_bwd_kernel[(blocks * H,)](
+            **{**common, **absent, **tensors},
+            **{"cu_seqlens_ptr": cu_seqlens, "row_strides": (0, N) if packed else (H * N, N)},
+            **{"out_strides": out_strides, "dq_strides": dq_strides, "dkv_strides": dkv_strides},
+            **{"programs_per_head": programs_per_head, "BLOCK": config.block, "STEP": config.step},
+            QUERY_TAIL=config.step if packed else _tail(N, config.step),
+            KEY_TAIL=config.step if packed else _tail(M, config.step),
+        )
+
+    query_blocks, key_blocks = triton.cdiv(N, config.block), triton.cdiv(M, config.block)
+    if packed:
+        blocks = N // config.block + B  # at least what images of any lengths fill
+        launch(dq_pass, blocks, blocks)
+        launch(dkdv_pass, blocks, blocks)
+    elif config.one_program:
+        launch(dq_pass | dkdv_pass, B, 1)
     else:
-        _launch_two_kernels(config, common, outs, gradients, cu_seqlens)
+        launch(dq_pass, B * query_blocks, query_blocks)
+        launch(dkdv_pass, B * key_blocks, key_blocks)
     return _launch_dbias(config, common, bias) if need_dbias else q.new_empty(0)
-
-
-def _launch_one_program(config: _Config, common: dict[str, Any], outs: dict[str, Any], gradients: dict[str, Any]) -> None:
-    N, M = common["num_queries"], common["num_keys"]
-    _attention_bwd_kernel[(common["row_max_ptr"].numel() // N,)](
-        **common,
-        **outs,
-        **gradients,
-        QUERY_BLOCKS=_blocks(N, config.queries),
-        LAST_MASKED=sum(_blocks(N, config.queries)) > N,
-        KEYS=config.keys,
-        KEYS_MASKED=M % config.keys > 0,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _launch_two_kernels(
-    config: _Config, common: dict[str, Any], outs: dict[str, Any], gradients: dict[str, Any], cu_seqlens: Tensor | None
-) -> None:
-    N, M, H, rows = common["num_queries"], common["num_keys"], common["num_heads"], common["row_max_ptr"].numel()
-    packed = cu_seqlens is not None
-    images = cu_seqlens.numel() - 1 if packed else rows // (H * N)
-    # What is needed by equally long images, or at most by images of any lengths.
-    query_blocks, key_blocks = (
-        n // block + images if packed else triton.cdiv(n, block) for n, block in ((N, config.queries), (M, config.keys))
-    )
-    common = {
-        **common,
-        "cu_seqlens_ptr": cu_seqlens,
-        "num_images": images,
-        "statistics_strides": (0, N) if packed else (H * N, N),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "QUERIES": config.queries,
-        "KEYS": config.keys,
-    }
-    grid_images = 1 if packed else images
-    _attention_bwd_dq_kernel[(query_blocks * H * grid_images,)](
-        **common, **outs, num_blocks=query_blocks, KEY_TAIL=config.keys if packed else _tail(M, config.keys)
-    )
-    _attention_bwd_dkdv_kernel[(key_blocks * H * grid_images,)](
-        **common, **gradients, num_blocks=key_blocks, QUERY_TAIL=config.queries if packed else _tail(N, config.queries)
-    )
 
 
 def _launch_dbias(config: _Config, common: dict[str, Any], bias: Tensor) -> Tensor:
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    N, M, H, view = common["num_queries"], common["num_keys"], common["num_heads"], common["bias_ptr"]
-    B = common["row_max_ptr"].numel() // (H * N)
-    query_blocks, key_blocks = triton.cdiv(N, config.queries), triton.cdiv(M, config.keys)
-    counts = (B, H, query_blocks, key_blocks)
-    # A dimension of size 1 in both is summed over its one element.
-    summed = [size == 1 for size in view.shape]
-    tiles = math.prod(count for count, gone in zip(counts, summed, strict=True) if not gone)
-    terms = math.prod(count for count, gone in zip(counts, summed, strict=True) if gone)
+    # A program sums over what has size 1 in the bias, be it an only element.
+    b, h, n, m = common["bias_ptr"].shape
+    blocks = [triton.cdiv(common[name], config.step) for name in ("num_queries", "num_keys")]
+    counts = (common["num_images"], common["num_heads"], *blocks)
+    tiles = math.prod(count for count, size in zip(counts, (b, h, n, m), strict=True) if size > 1)
+    terms = math.prod(counts) // tiles
     splits = min(terms, triton.cdiv(2 * multiprocessors(bias.device), tiles))
     target = dbias if splits == 1 else torch.empty(splits, dbias.numel(), dtype=torch.float32, device=bias.device)
-    b, h, n, m = view.shape
     _attention_dbias_kernel[(tiles, splits)](
         **common,
         dbias_ptr=target,
         dbias_strides=(b * h * n * m, 0 if b == 1 else h * n * m, 0 if h == 1 else n * m, m),
-        num_images=B,
-        QUERIES=config.queries,
-        KEYS=config.keys,
-        **dict(zip(("SUM_IMAGES", "SUM_HEADS", "SUM_QUERIES", "SUM_KEYS"), summed, strict=True)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **{"SUM_IMAGES": b == 1, "SUM_HEADS": h == 1, "SUM_QUERIES": n == 1, "SUM_KEYS": m == 1},
+        **{"QUERIES": config.step, "KEYS": config.step},
     )
     if splits > 1:
         _sum_partials_kernel[(triton.cdiv(dbias.numel(), 256),)](
