@@ -69,31 +69,34 @@ def _mask(rows, cols, num_rows, END: tl.constexpr, DH: tl.constexpr, MASKED: tl.
         return None
 
 
+# Row numbers count from the first row of the image and are multiplied anew for each tile: as an offset from a tile's first row,
+# the product would be the same in every trip, and the compiler keeps what is the same in registers across all loops (90 of them).
+
+
 @triton.jit
-def _load_rows(ptr, stride, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr):
-    """ROWS rows from ``ptr`` on, of which ``num_rows`` exist if MASKED; zeros beyond them and beyond DH."""
+def _load_rows(
+    ptr, first, stride, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Rows ``first`` and up, zeros beyond the ``num_rows`` there are (if MASKED) and beyond DH."""
     tiles = ()
-    rows = tl.arange(0, ROWS)
+    rows = first + tl.arange(0, ROWS)
     for i in tl.static_range(len(PARTS)):
         cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
         mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, MASKED)
-        pointers = ptr + rows[:, None] * stride + cols[None, :]
-        if mask is None:
-            tiles = tiles + (tl.load(pointers),)  # noqa: RUF005
-        else:
-            tiles = tiles + (tl.load(pointers, mask=mask, other=0.0),)  # noqa: RUF005
+        pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+        tile = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+        tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
-def _store_rows(
-    ptr, stride, num_rows, tiles, factor, ROWS: tl.constexpr, MASKED: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    rows = tl.arange(0, ROWS)
+def _store_rows(ptr, first, stride, num_rows, tiles, factor, ROWS: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr):
+    rows = first + tl.arange(0, ROWS)
     for i in tl.static_range(len(PARTS)):
         cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
-        mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, MASKED)
-        tl.store(ptr + rows[:, None] * stride + cols[None, :], (tiles[i] * factor).to(ptr.dtype.element_ty), mask=mask)
+        mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, True)
+        pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+        tl.store(pointers, (tiles[i] * factor).to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -155,10 +158,10 @@ def _p_and_ds(
 
 @triton.jit
 def _store_statistics(
-    statistics_ptr, row_max_ptr, log_sum_ptr, delta, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr
+    statistics_ptr, row_max_ptr, log_sum_ptr, delta, first, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Returns row_max and log2_sum; the latter includes the former unless NATURAL. 0 and +inf where there is no row."""
-    rows = tl.arange(0, ROWS)
+    rows = first + tl.arange(0, ROWS)
     mask = rows < num_rows
     row_max = tl.load(row_max_ptr + rows, mask=mask, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=mask, other=float("inf"))
@@ -170,9 +173,9 @@ def _store_statistics(
 
 
 @triton.jit
-def _load_statistics(statistics_ptr, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
+def _load_statistics(statistics_ptr, first, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """row_max, log2_sum and delta of ROWS queries."""
-    rows, fields = tl.arange(0, ROWS), tl.arange(0, 4)
+    rows, fields = first + tl.arange(0, ROWS), tl.arange(0, 4)
     pointers = statistics_ptr + rows[:, None] * 4 + fields[None, :]
     if MASKED:
         nothing = tl.where(fields == 1, float("inf"), 0.0)[None, :]
@@ -202,17 +205,16 @@ def _bias_tile(
     if bias_ptr is None:
         return None, None
     else:
-        queries = tl.arange(0, 1 if KEY_ONLY else QUERIES)
-        keys = tl.arange(0, KEYS)
-        ptr = bias_ptr + tl.cast(first_query, tl.int64) * query_stride + tl.cast(first_key, tl.int64) * key_stride
-        # An absent query may read a key-only bias: its log_sum makes p = 0.
-        query_mask = queries < (1 if KEY_ONLY else num_queries - first_query)
-        key_mask = keys < num_keys - first_key
+        queries = first_query + tl.arange(0, 1 if KEY_ONLY else QUERIES)
+        keys = first_key + tl.arange(0, KEYS)
+        # An absent query may read a key-only bias: its log2_sum makes p = 0.
+        query_offsets, query_mask = queries.to(tl.int64) * query_stride, (queries < num_queries) | KEY_ONLY
+        key_offsets, key_mask = keys.to(tl.int64) * key_stride, keys < num_keys
         if KEYS_FIRST:
-            pointers = ptr + keys[:, None] * key_stride + queries[None, :] * query_stride
+            pointers = bias_ptr + key_offsets[:, None] + query_offsets[None, :]
             mask = key_mask[:, None] & query_mask[None, :]
         else:
-            pointers = ptr + queries[:, None] * query_stride + keys[None, :] * key_stride
+            pointers = bias_ptr + query_offsets[:, None] + key_offsets[None, :]
             mask = query_mask[:, None] & key_mask[None, :]
         if MASKED:
             return pointers, mask
@@ -230,9 +232,8 @@ def _dq_step(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.cast(first_key, tl.int64)
-    k = _load_rows(k_ptr + row * k_stride, k_stride, num_keys - first_key, KEYS, MASKED, DH, PARTS)
-    v = _load_rows(v_ptr + row * v_stride, v_stride, num_keys - first_key, KEYS, MASKED, DH, PARTS)
+    k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, MASKED, DH, PARTS)
+    v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, MASKED, DH, PARTS)
     pointers, mask = _bias_tile(
         bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
         QUERIES, KEYS, MASKED or not KEY_ONLY, KEY_ONLY, False,
@@ -253,14 +254,12 @@ def _dq_block(
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of QUERIES queries, and their statistics."""
-    left = num_queries - first_query
-    row = tl.cast(first_query, tl.int64)
-    q = _load_rows(q_ptr + row * q_stride, q_stride, left, QUERIES, True, DH, PARTS)
-    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, left, QUERIES, True, DH, PARTS)
-    out = _load_rows(out_ptr + row * out_stride, out_stride, left, QUERIES, True, DH, PARTS)
+    q = _load_rows(q_ptr, first_query, q_stride, num_queries, QUERIES, True, DH, PARTS)
+    dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, True, DH, PARTS)
+    out = _load_rows(out_ptr, first_query, out_stride, num_queries, QUERIES, True, DH, PARTS)
     delta = _delta(out, dout, PARTS)
     row_max, log2_sum = _store_statistics(
-        statistics_ptr + row * 4, row_max_ptr + row, log_sum_ptr + row, delta, left, bias_ptr is not None, QUERIES
+        statistics_ptr, row_max_ptr, log_sum_ptr, delta, first_query, num_queries, bias_ptr is not None, QUERIES
     )
 
     dq = _zeros(QUERIES, PARTS)
@@ -277,7 +276,7 @@ def _dq_block(
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEY_TAIL, True, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
-    _store_rows(dq_ptr + row * dq_stride, dq_stride, left, dq, scale, QUERIES, True, DH, PARTS)
+    _store_rows(dq_ptr, first_query, dq_stride, num_queries, dq, scale, QUERIES, DH, PARTS)
 
 
 @triton.jit
@@ -287,10 +286,9 @@ def _dkdv_step(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, left = tl.cast(first_query, tl.int64), num_queries - first_query
-    q = _load_rows(q_ptr + row * q_stride, q_stride, left, QUERIES, MASKED, DH, PARTS)
-    dout = _load_rows(dout_ptr + row * dout_stride, dout_stride, left, QUERIES, MASKED, DH, PARTS)
-    row_max, log2_sum, delta = _load_statistics(statistics_ptr + row * 4, left, QUERIES, MASKED)
+    q = _load_rows(q_ptr, first_query, q_stride, num_queries, QUERIES, MASKED, DH, PARTS)
+    dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, MASKED, DH, PARTS)
+    row_max, log2_sum, delta = _load_statistics(statistics_ptr, first_query, num_queries, QUERIES, MASKED)
     # A key that does not exist spoils nothing but its own dk and dv, which are not stored; only its bias must not be read.
     pointers, mask = _bias_tile(
         bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
@@ -313,10 +311,8 @@ def _dkdv_block(
     DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys."""
-    left = num_keys - first_key
-    row = tl.cast(first_key, tl.int64)
-    k = _load_rows(k_ptr + row * k_stride, k_stride, left, KEYS, True, DH, PARTS)
-    v = _load_rows(v_ptr + row * v_stride, v_stride, left, KEYS, True, DH, PARTS)
+    k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, True, DH, PARTS)
+    v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, True, DH, PARTS)
     dk = _zeros(KEYS, PARTS)
     dv = _zeros(KEYS, PARTS)
     full = num_queries // QUERIES * QUERIES
@@ -332,8 +328,8 @@ def _dkdv_block(
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERY_TAIL, KEYS, True, KEY_ONLY, DH, PARTS, PRECISION,
         )  # fmt: skip
-    _store_rows(dk_ptr + row * dkv_stride, dkv_stride, left, dk, scale, KEYS, True, DH, PARTS)
-    _store_rows(dv_ptr + row * dkv_stride, dkv_stride, left, dv, 1.0, KEYS, True, DH, PARTS)
+    _store_rows(dk_ptr, first_key, dkv_stride, num_keys, dk, scale, KEYS, DH, PARTS)
+    _store_rows(dv_ptr, first_key, dkv_stride, num_keys, dv, 1.0, KEYS, DH, PARTS)
 
 
 @triton.jit
@@ -366,7 +362,7 @@ def _attention_bwd_kernel(
     statistics_ptr, dq_ptr, dk_ptr, dv_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dkv_strides, row_strides, bias_strides,
     num_queries, num_keys, num_heads, num_images, programs_per_head, scale,
-    UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
+    ALONE: tl.constexpr, UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, QUERY_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of every programs_per_head-th block of queries, and then dk and dv of the blocks of keys if one program has them all."""
@@ -380,16 +376,20 @@ def _attention_bwd_kernel(
     statistics_ptr += (image * row_strides[0] + head * row_strides[1] + packed_row) * 4
     if bias_ptr is not None:
         bias_ptr += image * bias_strides[0] + head * bias_strides[1]
+    # The compiler sees that there is one trip, unless the program has the head alone or the block may be a spare one.
+    start = 0 if ALONE else first_block * BLOCK
+    end = start + BLOCK
     if cu_seqlens_ptr is not None:
         num_queries = packed_length
         num_keys = packed_length
+        end = tl.minimum(end, packed_length)
 
     if dq_ptr is not None:
         out_ptr += (image * out_strides[0] + packed_row * out_strides[1] + head * out_strides[2]) * UNIT
         dq_ptr += (image * dq_strides[0] + packed_row * dq_strides[1] + head * dq_strides[2]) * UNIT
         row_max_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
         log_sum_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
-        for first_query in range(first_block * BLOCK, num_queries, programs_per_head * BLOCK):
+        for first_query in range(start, num_queries if ALONE else end, BLOCK):
             _dq_block(
                 first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr,
                 dq_ptr, dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
@@ -401,7 +401,7 @@ def _attention_bwd_kernel(
     if dk_ptr is not None:
         dk_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
         dv_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
-        for first_key in range(first_block * BLOCK, num_keys, programs_per_head * BLOCK):
+        for first_key in range(start, num_keys if ALONE else end, BLOCK):
             _dkdv_block(
                 first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
                 dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
@@ -465,18 +465,18 @@ def _attention_dbias_kernel(
         rest = rest // query_blocks if SUM_QUERIES else rest
         head = tl.cast(rest % num_heads if SUM_HEADS else out_head, tl.int64)
         image = tl.cast((rest // num_heads if SUM_HEADS else rest) if SUM_IMAGES else out_image, tl.int64)
-        first_query, first_key = tl.cast(query_block, tl.int64) * QUERIES, tl.cast(key_block, tl.int64) * KEYS
-        query_row = image * q_strides[0] + first_query * q_strides[1] + head * q_strides[2]
-        dout_row = image * dout_strides[0] + first_query * dout_strides[1] + head * dout_strides[2]
-        k_row = image * k_strides[0] + first_key * k_strides[1] + head * k_strides[2]
-        v_row = image * v_strides[0] + first_key * v_strides[1] + head * v_strides[2]
-        queries_left, keys_left = num_queries - first_query, num_keys - first_key
-        q = _load_rows(q_ptr + query_row * UNIT, q_strides[1] * UNIT, queries_left, QUERIES, True, DH, PARTS)
-        dout = _load_rows(dout_ptr + dout_row * UNIT, dout_strides[1] * UNIT, queries_left, QUERIES, True, DH, PARTS)
-        k = _load_rows(k_ptr + k_row * UNIT, k_strides[1] * UNIT, keys_left, KEYS, True, DH, PARTS)
-        v = _load_rows(v_ptr + v_row * UNIT, v_strides[1] * UNIT, keys_left, KEYS, True, DH, PARTS)
-        statistics = (image * num_heads + head) * num_queries + first_query
-        row_max, log2_sum, delta = _load_statistics(statistics_ptr + statistics * 4, queries_left, QUERIES, True)
+        first_query, first_key = query_block * QUERIES, key_block * KEYS
+        q_head = q_ptr + (image * q_strides[0] + head * q_strides[2]) * UNIT
+        k_head = k_ptr + (image * k_strides[0] + head * k_strides[2]) * UNIT
+        v_head = v_ptr + (image * v_strides[0] + head * v_strides[2]) * UNIT
+        dout_head = dout_ptr + (image * dout_strides[0] + head * dout_strides[2]) * UNIT
+        q = _load_rows(q_head, first_query, q_strides[1] * UNIT, num_queries, QUERIES, True, DH, PARTS)
+        dout = _load_rows(dout_head, first_query, dout_strides[1] * UNIT, num_queries, QUERIES, True, DH, PARTS)
+        k = _load_rows(k_head, first_key, k_strides[1] * UNIT, num_keys, KEYS, True, DH, PARTS)
+        v = _load_rows(v_head, first_key, v_strides[1] * UNIT, num_keys, KEYS, True, DH, PARTS)
+        row_max, log2_sum, delta = _load_statistics(
+            statistics_ptr + (image * num_heads + head) * num_queries * 4, first_query, num_queries, QUERIES, True
+        )
         pointers, mask = _bias_tile(
             bias_ptr + image * bias_strides[0] + head * bias_strides[1], bias_strides[2], bias_strides[3],
             first_query, first_key, num_queries, num_keys, QUERIES, KEYS, True, KEY_ONLY, False,
@@ -520,6 +520,7 @@ class _Config(NamedTuple):
     step: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 def _parts(Dh: int) -> tuple[int, ...]:
@@ -643,7 +644,7 @@ def _launch(
         **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
         **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
         **{"UNIT": unit, "DH": Dh, "PARTS": _parts(Dh), "PRECISION": "tf32" if allow_tf32 else "ieee"},
-        **{"num_warps": config.num_warps, "num_stages": config.num_stages},
+        **{"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.registers},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }
 
@@ -656,7 +657,7 @@ def _launch(
             **{**common, **absent, **tensors},
             **{"cu_seqlens_ptr": cu_seqlens, "row_strides": (0, N) if packed else (H * N, N)},
             **{"out_strides": out_strides, "dq_strides": dq_strides, "dkv_strides": dkv_strides},
-            **{"programs_per_head": programs_per_head, "BLOCK": config.block, "STEP": config.step},
+            **{"programs_per_head": programs_per_head, "ALONE": config.one_program and not packed, "BLOCK": config.block, "STEP": config.step},
             QUERY_TAIL=config.step if packed else _tail(N, config.step),
             KEY_TAIL=config.step if packed else _tail(M, config.step),
         )
