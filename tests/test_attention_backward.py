@@ -4,6 +4,11 @@ What the forward leaves (out, row_max, log_sum) is made here, from float64.
 """
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from vitkernels.kernels import attention_backward
 from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
 
 pytestmark = KERNEL_TESTS
+ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1, 2, 63, 64, 65, 196, 197, 256, 257, 576, 577, 1370)
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
 
@@ -52,18 +58,20 @@ def launch(q, k, v, dout, bias=None, need_dbias=False, scale=None, allow_tf32=Fa
     return launch_attention_bwd(dout, q, k, v, *left, bias, None, 0, scale, allow_tf32, need_dbias)
 
 
-def gradients(q, k, v, dout, bias=None, scale=None):
+def gradients(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     """Of the reference, in the inputs' dtype."""
-    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, bias) if t is not None]
-    out = reference.attention(*leaves[:3], scale=scale, bias=None if bias is None else leaves[3])
-    return torch.autograd.grad(out, leaves, dout)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    if need_dbias:
+        bias = bias.detach().clone().requires_grad_()
+        leaves.append(bias)
+    return torch.autograd.grad(reference.attention(*leaves[:3], scale=scale, bias=bias), leaves, dout)
 
 
 def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     """The launcher's gradients are within the budget; returns them."""
     got = launch(q, k, v, dout, bias, need_dbias, scale)
-    eager = gradients(q, k, v, dout, bias, scale)
-    oracle = gradients(*(None if t is None else t.double() for t in (q, k, v, dout, bias)), scale)
+    eager = gradients(q, k, v, dout, bias, need_dbias, scale)
+    oracle = gradients(*(None if t is None else t.double() for t in (q, k, v, dout, bias)), need_dbias, scale)
     names = ("dq", "dk", "dv", "dbias") if need_dbias else ("dq", "dk", "dv")
     for name, *tensors in zip(names, got, eager, oracle, strict=False):
         assert_within_budget(name, *tensors)
@@ -242,8 +250,8 @@ def test_float32_bias_of_bfloat16_attention_gets_a_float32_gradient():
     *tensors, bias = *inputs(2, 40, 40, 2, 32, torch.bfloat16), normal(1, 2, 40, 40)
     dbias = launch(*tensors, bias, need_dbias=True)[3]
     assert dbias.dtype == torch.float32
-    oracle = gradients(*(t.double() for t in tensors), bias.double())[3]
-    eager = gradients(*tensors, bias)[3]
+    oracle = gradients(*(t.double() for t in tensors), bias.double(), True)[3]
+    eager = gradients(*tensors, bias, True)[3]
     # To the precision of the bfloat16 inputs, since delta is made from a rounded out.
     assert_within_budget("dbias", dbias.bfloat16(), eager.bfloat16(), oracle)
 
@@ -271,7 +279,7 @@ def test_gradient_of_a_bias_that_all_keys_share_is_summed_over_them():
 def test_gradient_of_a_shared_bias_on_chips_of_any_size(multiprocessors, monkeypatch):
     """As many programs share the sum as fill the chip, each every num_programs-th term; a second kernel adds theirs."""
     monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: multiprocessors)
-    check(*inputs(3, 40, 70, 4, 16, torch.float32), normal(40, 70), need_dbias=True)
+    check(*inputs(3, 30, 70, 2, 16, torch.bfloat16), normal(30, 70, dtype=torch.bfloat16), need_dbias=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -350,6 +358,74 @@ def test_packed_sequences_get_the_gradients_of_each_alone(lengths):
 
 def test_more_packed_sequences_than_one_load_of_their_ends():
     check_packed([2, *[0] * 260, 3], 1, 16, torch.float32)
+
+
+# What the compiler makes of it.
+
+
+@pytest.mark.parametrize("N", [197, 257, 577])
+def test_at_least_70_percent_of_the_tensor_core_work_is_useful(N, monkeypatch):
+    """Shapes of the products as they are launched, against the 7 products of N x N x Dh that two sweeps need."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter records the products")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot, issued = InterpreterBuilder.create_dot, []
+
+    def recorded(self, a, b, *rest):
+        issued.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", recorded)
+    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: 1)
+    launch(*inputs(1, N, N, 2, 64, torch.bfloat16))
+    assert 0.70 <= 7 * N * N * 64 * 2 / sum(issued) <= 1.0
+
+
+COMPILE = """
+import dataclasses, json, sys
+from types import SimpleNamespace
+import torch
+from vitkernels.kernels import _aot, attention_backward
+
+rows = []
+for arch in json.loads(sys.argv[2]):
+    with _aot.dry_run(arch) as compiled:
+        for N, Dh in json.loads(sys.argv[1]):
+            shape = SimpleNamespace(tokens=N, width=12 * Dh, num_heads=12, train_batch=64)
+            for name, launch in attention_backward.aot_launches(shape):
+                if "fp32" not in name:
+                    launch()
+                    rows += [{"config": name, **dataclasses.asdict(_aot.read(k, arch))} for k in compiled]
+                compiled.clear()
+json.dump(rows, sys.stdout)
+"""
+
+
+def check_compiled(archs, shapes, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(tmp_path))}
+    command = [sys.executable, "-c", COMPILE, json.dumps(shapes), json.dumps(archs)]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert {row["arch"] for row in rows} == set(archs)
+    for row in rows:
+        what = (row["arch"], row["config"], row["kernel"], row["constants"])
+        assert row["spill_bytes"] == row["spill_load_bytes"] == 0, what
+        assert row["shared_bytes"] <= row["shared_limit"], what
+        assert row["blocks_per_sm"] >= 1, what
+        assert not row["has_dot"] or row["mma"][{90: "HGMMA", 100: "tcgen05"}.get(row["arch"], "HMMA")] > 0, what
+        assert row["arch"] != 90 or row["mma"]["HMMA"] == 0, what
+
+
+def test_compiled_kernels_do_not_spill_and_all_products_are_hgmma_on_hopper(tmp_path):
+    check_compiled([90], [(197, 64)], tmp_path)
+
+
+@pytest.mark.slow
+def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
+    check_compiled([80, 90, 100, 120], [(N, Dh) for N in (197, 577) for Dh in HEAD_DIMS], tmp_path)
 
 
 # The whole grid of DESIGN section 6.

@@ -14,9 +14,9 @@ element (statistics are 2% at Dh = 64):
 ViT-B/16 at B = 256 in bfloat16 on an H200 (4.3 TB/s, 790 TFLOP/s) needs 144 us for the bytes of one program a head, 216 us for
 those of two launches, and 135 us for the products, 185 us with the padding of 197 rows to 256 x 208.
 
-One sweep with 5 products would have to keep dq of all queries in registers (4 warps: 104 a thread at N = 197, Dh = 64) beside dk
-and dv of a key block (64) and two tiles (64): it spilled 300 to 750 bytes a thread in all shapes tried, the addresses in shared
-memory of unrolled query blocks being another 100. No atomics, no float32 dq in memory: results are bitwise reproducible.
+One sweep with 5 products would have to keep dq of all queries in registers (4 warps: 104 a thread at N = 197, Dh = 64) beside
+dk and dv of a key block (64) and two tiles (64): it spilled 270 to 750 bytes a thread in all shapes tried, the addresses in
+shared memory of unrolled query blocks being another 100. No atomics, no float32 dq in memory: results are bitwise reproducible.
 """
 
 from collections.abc import Callable, Iterator
@@ -264,23 +264,24 @@ def _parts(Dh: int) -> tuple[int, ...]:
 
 
 def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
-    """What compiles without spills (for Dh up to 128), read from the binaries; of that, the most programs an SM.
+    """The largest tiles that compile without a spill (for Dh up to 128), read from the binaries.
 
-    ``fills``: programs that fill the chip. Fewer heads are cut into blocks of rows.
+    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows.
     """
     if dtype == torch.float32:  # no tensor cores
         return _Config(False, 32, 32, 32, 4, 1)
-    wgmma = arch in (90, 100)  # the others hold whole operands in registers
-    if max(N, M) <= 320 and heads >= fills and not biased:
-        if wgmma and Dh <= 80:
+    alone = max(N, M) <= 320 and heads >= fills and not biased
+    if arch in (90, 100):  # operands in shared memory
+        if alone and Dh <= 80:
             return _Config(True, 64, 32, 32, 4, 1)
         if Dh <= 64:
-            return _Config(True, 64, 16, 32, 4, 1)
-    if Dh <= 64:
-        return _Config(False, 64, 16 if biased and not wgmma else 32, 64 if wgmma else 32, 4, 2)
-    if Dh <= 80 or (Dh <= 96 and not biased):
-        return _Config(False, 64, 32, 32, 4, 2)
-    return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
+            return _Config(False, 64, 32, 64, 4, 2)
+        if Dh <= 80 or (Dh <= 96 and not biased):
+            return _Config(False, 64, 32, 32, 4, 2)
+        return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
+    if Dh <= 64:  # operands in registers
+        return _Config(alone, 64, 16, 32, 4, 1 if alone or biased else 2)
+    return _Config(False, 32, 16, 32, 8, 1)
 
 
 def _tail(n: int, block: int) -> int:
