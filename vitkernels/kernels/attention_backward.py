@@ -3,223 +3,50 @@
 (4)  p = exp((s - row_max) - log_sum)          recomputed; the two statistics come from the forward
 (5)  delta = sum(dout * out)                   = sum_keys(p * dp)
 (6)  ds = p * (dp - delta), dp = dout @ v^T    gradient of s, and of the bias before it is summed over what was broadcast
-(7)  dv = p^T @ dout,  dk = scale * ds^T @ q,  dq = scale * ds @ k
+(7)  dq = scale * ds @ k,  dk = scale * ds^T @ q,  dv = p^T @ dout
 
-Bytes and floor, s bytes an element (statistics and delta are 16 bytes a row, 2% at Dh = 64):
+dq is summed over keys and dk, dv over queries, so s and dp are computed twice: 7 products of 2 B H N M Dh FLOPs. Bytes, s an
+element (statistics are 2% at Dh = 64):
 
-    one program a head  read q k v out dout, write dq dk dv: 8 B N H Dh s bytes, 5 products: 10 B H N M Dh FLOPs
-    two kernels         dq: read q k v out dout, write dq; dk and dv: read q k v dout, write dk dv: 12 B N H Dh s bytes, 7 products
+    one program a head  8 B N H Dh s: read q k v out dout, write dq dk dv; what is read again, for each block, is in L1 or L2
+    two launches        12 B N H Dh s: the second reads q k v dout again
 
-ViT-B/16 at B = 256 in bfloat16 on an H200 (4.3 TB/s, 790 TFLOP/s): 144 us of bytes and 97 us of products in one program, 216
-and 135 us in two kernels. Hence one program a head as long as the float32 dq of all queries fits in registers: it walks over
-the keys and keeps dk and dv of one key block, dq of all query blocks, while q and dout stay in shared memory.
+ViT-B/16 at B = 256 in bfloat16 on an H200 (4.3 TB/s, 790 TFLOP/s) needs 144 us for the bytes of one program a head, 216 us for
+those of two launches, and 135 us for the products, 185 us with the padding of 197 rows to 256 x 208.
 
-The products of the key blocks are taken transposed, keys x queries: p^T and ds^T are then left operands from registers, and
-the small last query block (197 = 3 * 64 + 16) is a column count, which tensor cores take in steps of 8.
+One sweep with 5 products would have to keep dq of all queries in registers (4 warps: 104 a thread at N = 197, Dh = 64) beside
+dk and dv of a key block (64) and two tiles (64): it spilled 270 to 750 bytes a thread in all shapes tried, the addresses in
+shared memory of unrolled query blocks being another 100. No atomics, no float32 dq in memory: results are bitwise reproducible.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_tiles import (
+    _add_product,
+    _bias_tile,
+    _delta,
+    _load_rows,
+    _load_statistics,
+    _p_and_ds,
+    _store_rows,
+    _store_statistics,
+    _zeros,
+)
 from ._device import architecture, multiprocessors
+from .attention_bias_backward import launch_dbias
 
 if TYPE_CHECKING:
     from ._aot import Shape
 
 # The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
-WRITES = {
-    "_attention_bwd_kernel": ("statistics_ptr", "dq_ptr", "dk_ptr", "dv_ptr"),
-    "_attention_dbias_kernel": ("dbias_ptr",),
-    "_sum_partials_kernel": ("out_ptr",),
-}
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-# Rows of Dh channels are tuples of tiles, PARTS columns each, all powers of two: 72 and 80 are 64 + 16, not 128.
-
-
-@triton.constexpr_function
-def _width(parts, i):
-    return parts[i]
-
-
-@triton.constexpr_function
-def _first(parts, i):
-    return sum(parts[:i])
-
-
-@triton.jit
-def _mask(rows, cols, num_rows, END: tl.constexpr, DH: tl.constexpr, MASKED: tl.constexpr):
-    if END > DH:
-        if MASKED:
-            return (rows < num_rows)[:, None] & (cols < DH)[None, :]
-        else:
-            return (cols < DH)[None, :]
-    elif MASKED:
-        return (rows < num_rows)[:, None]
-    else:
-        return None
-
-
-# Row numbers count from the first row of the image and are multiplied anew for each tile: as an offset from a tile's first row,
-# the product would be the same in every trip, and the compiler keeps what is the same in registers across all loops (90 of them).
-
-
-@triton.jit
-def _load_rows(
-    ptr, first, stride, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Rows ``first`` and up, zeros beyond the ``num_rows`` there are (if MASKED) and beyond DH."""
-    tiles = ()
-    rows = first + tl.arange(0, ROWS)
-    for i in tl.static_range(len(PARTS)):
-        cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
-        mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, MASKED)
-        pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-        tile = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
-        tiles = tiles + (tile,)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def _store_rows(ptr, first, stride, num_rows, tiles, factor, ROWS: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr):
-    rows = first + tl.arange(0, ROWS)
-    for i in tl.static_range(len(PARTS)):
-        cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
-        mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, True)
-        pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-        tl.store(pointers, (tiles[i] * factor).to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range(len(PARTS)):
-        tiles = tiles + (tl.zeros((ROWS, _width(PARTS, i)), tl.float32),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def _inner(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b^T, over the channels of all parts."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(PARTS)):
-        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + a @ b, part by part."""
-    tiles = ()
-    for i in tl.static_range(len(PARTS)):
-        tiles = tiles + (tl.dot(a.to(b[i].dtype), b[i], sums[i], input_precision=PRECISION),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def _p_and_ds(
-    a, b, da, db, row_max, log2_sum, delta, bias_pointers, bias_mask, key_mask, scale,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Equations (4) and (6) for a tile a x b: queries x keys with da = dout, db = v, or keys x queries with da = v, db = dout.
-
-    The statistics of a query that does not exist are 0 and +inf, which gives p = 0.
-    """
-    s = _inner(a, b, PARTS, PRECISION)
-    if bias_pointers is None:
-        p = tl.exp2(s * (scale * LOG2E) - log2_sum)
-        if key_mask is not None:
-            p = tl.where(key_mask, p, 0.0)
-    else:
-        # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
-        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
-        if bias_mask is None:
-            bias = tl.load(bias_pointers)
-        else:
-            bias = tl.load(bias_pointers, mask=bias_mask, other=float("-inf"))
-        p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log2_sum)
-    dp = _inner(da, db, PARTS, PRECISION)
-    return p, p * (dp - delta)
-
-
-# What a tile needs to know of its queries lies in rows of four: row_max, log2_sum, delta, nothing. Four, because Triton moves a
-# load of at least as many elements as threads through shared memory; fewer, each thread fetches alone for all its columns (48
-# loads and 64-bit addresses for 64 queries, which spill).
-
-
-@triton.jit
-def _store_statistics(
-    statistics_ptr, row_max_ptr, log_sum_ptr, delta, first, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Returns row_max and log2_sum; the latter includes the former unless NATURAL. 0 and +inf where there is no row."""
-    rows = first + tl.arange(0, ROWS)
-    mask = rows < num_rows
-    row_max = tl.load(row_max_ptr + rows, mask=mask, other=0.0)
-    log_sum = tl.load(log_sum_ptr + rows, mask=mask, other=float("inf"))
-    log2_sum = (log_sum if NATURAL else row_max + log_sum) * LOG2E
-    tl.store(statistics_ptr + rows * 4, row_max, mask=mask)
-    tl.store(statistics_ptr + rows * 4 + 1, log2_sum, mask=mask)
-    tl.store(statistics_ptr + rows * 4 + 2, delta, mask=mask)
-    return row_max, log2_sum
-
-
-@triton.jit
-def _load_statistics(statistics_ptr, first, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """row_max, log2_sum and delta of ROWS queries."""
-    rows, fields = first + tl.arange(0, ROWS), tl.arange(0, 4)
-    pointers = statistics_ptr + rows[:, None] * 4 + fields[None, :]
-    if MASKED:
-        nothing = tl.where(fields == 1, float("inf"), 0.0)[None, :]
-        tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=tl.broadcast_to(nothing, (ROWS, 4)))
-    else:
-        tile = tl.load(pointers)
-    even, odd = tl.split(tl.reshape(tile, (ROWS, 2, 2)))
-    row_max, delta = tl.split(even)
-    log2_sum, _ = tl.split(odd)
-    return row_max, log2_sum, delta
-
-
-@triton.jit
-def _delta(out, dout, PARTS: tl.constexpr):
-    delta = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), axis=1)  # eq. (5)
-    for i in tl.static_range(1, len(PARTS)):
-        delta += tl.sum(out[i].to(tl.float32) * dout[i].to(tl.float32), axis=1)
-    return delta
-
-
-@triton.jit
-def _bias_tile(
-    bias_ptr, query_stride, key_stride, first_query, first_key, num_queries, num_keys,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr, KEYS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Pointers and mask of a tile of the bias; one vector where queries share it."""
-    if bias_ptr is None:
-        return None, None
-    else:
-        queries = first_query + tl.arange(0, 1 if KEY_ONLY else QUERIES)
-        keys = first_key + tl.arange(0, KEYS)
-        # An absent query may read a key-only bias: its log2_sum makes p = 0.
-        query_offsets, query_mask = queries.to(tl.int64) * query_stride, (queries < num_queries) | KEY_ONLY
-        key_offsets, key_mask = keys.to(tl.int64) * key_stride, keys < num_keys
-        if KEYS_FIRST:
-            pointers = bias_ptr + key_offsets[:, None] + query_offsets[None, :]
-            mask = key_mask[:, None] & query_mask[None, :]
-        else:
-            pointers = bias_ptr + query_offsets[:, None] + key_offsets[None, :]
-            mask = query_mask[:, None] & key_mask[None, :]
-        if MASKED:
-            return pointers, mask
-        else:
-            return pointers, None
+WRITES = {"_attention_bwd_kernel": ("statistics_ptr", "dq_ptr", "dk_ptr", "dv_ptr")}
 
 
 # One block of queries, or of keys.
@@ -339,13 +166,8 @@ def _locate(cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK: tl.
     if cu_seqlens_ptr is None:
         head = program // programs_per_head  # programs of one head are neighbours: what they share is in L2
         image = head // num_heads
-        return (
-            tl.cast(image, tl.int64),
-            tl.cast(head % num_heads, tl.int64),
-            tl.cast(0, tl.int64),
-            0,
-            program % programs_per_head,
-        )
+        block = program % programs_per_head
+        return tl.cast(image, tl.int64), tl.cast(head % num_heads, tl.int64), tl.cast(0, tl.int64), 0, block
     else:
         # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, and total // BLOCK + B of them
         # in all, which the host knows without reading a length. A spare one lies beyond the last row of its image.
@@ -372,7 +194,7 @@ def _attention_bwd_kernel(
     BLOCK: tl.constexpr, QUERY_STEP: tl.constexpr, QUERY_TAIL: tl.constexpr, KEY_STEP: tl.constexpr, KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of every programs_per_head-th block of queries, and then dk and dv of the blocks of keys if one program has them all."""
+    """dq of a block of queries, dk and dv of a block of keys, or, where a program has the head ALONE, of all blocks in turn."""
     image, head, packed_row, packed_length, first_block = _locate(
         cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK
     )
@@ -417,105 +239,6 @@ def _attention_bwd_kernel(
             )  # fmt: skip
 
 
-# The bias: ds once more (2 products), summed over what was broadcast in a fixed order.
-
-
-@triton.jit
-def _attention_dbias_kernel(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    statistics_ptr,
-    bias_ptr,
-    dbias_ptr,
-    dout_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    bias_strides,
-    dbias_strides,
-    num_queries,
-    num_keys,
-    num_heads,
-    num_images,
-    scale,
-    UNIT: tl.constexpr,
-    KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    SUM_IMAGES: tl.constexpr,
-    SUM_HEADS: tl.constexpr,
-    SUM_QUERIES: tl.constexpr,
-    SUM_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (tile, split): a tile of dbias, over every num_programs(1)-th of the (image, head, query block, key block) it sums."""
-    query_blocks, key_blocks = tl.cdiv(num_queries, QUERIES), tl.cdiv(num_keys, KEYS)
-    tile = tl.program_id(0)
-    out_key_block = 0 if SUM_KEYS else tile % key_blocks
-    tile = tile if SUM_KEYS else tile // key_blocks
-    out_query_block = 0 if SUM_QUERIES else tile % query_blocks
-    tile = tile if SUM_QUERIES else tile // query_blocks
-    out_head = 0 if SUM_HEADS else tile % num_heads
-    out_image = tile if SUM_HEADS else tile // num_heads
-
-    terms = (num_images if SUM_IMAGES else 1) * (num_heads if SUM_HEADS else 1)
-    terms *= (query_blocks if SUM_QUERIES else 1) * (key_blocks if SUM_KEYS else 1)
-    total = tl.zeros((QUERIES, KEYS), tl.float32)
-    for term in range(tl.program_id(1), terms, tl.num_programs(1)):
-        key_block = term % key_blocks if SUM_KEYS else out_key_block
-        rest = term // key_blocks if SUM_KEYS else term
-        query_block = rest % query_blocks if SUM_QUERIES else out_query_block
-        rest = rest // query_blocks if SUM_QUERIES else rest
-        head = tl.cast(rest % num_heads if SUM_HEADS else out_head, tl.int64)
-        image = tl.cast((rest // num_heads if SUM_HEADS else rest) if SUM_IMAGES else out_image, tl.int64)
-        first_query, first_key = query_block * QUERIES, key_block * KEYS
-        q_head = q_ptr + (image * q_strides[0] + head * q_strides[2]) * UNIT
-        k_head = k_ptr + (image * k_strides[0] + head * k_strides[2]) * UNIT
-        v_head = v_ptr + (image * v_strides[0] + head * v_strides[2]) * UNIT
-        dout_head = dout_ptr + (image * dout_strides[0] + head * dout_strides[2]) * UNIT
-        q = _load_rows(q_head, first_query, q_strides[1] * UNIT, num_queries, QUERIES, True, DH, PARTS)
-        dout = _load_rows(dout_head, first_query, dout_strides[1] * UNIT, num_queries, QUERIES, True, DH, PARTS)
-        k = _load_rows(k_head, first_key, k_strides[1] * UNIT, num_keys, KEYS, True, DH, PARTS)
-        v = _load_rows(v_head, first_key, v_strides[1] * UNIT, num_keys, KEYS, True, DH, PARTS)
-        row_max, log2_sum, delta = _load_statistics(
-            statistics_ptr + (image * num_heads + head) * num_queries * 4, first_query, num_queries, QUERIES, True
-        )
-        pointers, mask = _bias_tile(
-            bias_ptr + image * bias_strides[0] + head * bias_strides[1], bias_strides[2], bias_strides[3],
-            first_query, first_key, num_queries, num_keys, QUERIES, KEYS, True, KEY_ONLY, False,
-        )  # fmt: skip
-        _, ds = _p_and_ds(
-            q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, None, scale, PARTS, PRECISION
-        )
-        total += ds
-
-    if SUM_QUERIES:
-        total = tl.sum(total, axis=0, keep_dims=True)
-    if SUM_KEYS:
-        total = tl.sum(total, axis=1, keep_dims=True)
-    rows = out_query_block * QUERIES + tl.arange(0, 1 if SUM_QUERIES else QUERIES)
-    cols = out_key_block * KEYS + tl.arange(0, 1 if SUM_KEYS else KEYS)
-    mask = (rows < (1 if SUM_QUERIES else num_queries))[:, None] & (cols < (1 if SUM_KEYS else num_keys))[None, :]
-    dbias_ptr += tl.program_id(1).to(tl.int64) * dbias_strides[0]
-    dbias_ptr += tl.cast(out_image, tl.int64) * dbias_strides[1] + tl.cast(out_head, tl.int64) * dbias_strides[2]
-    pointers = dbias_ptr + rows.to(tl.int64)[:, None] * dbias_strides[3] + cols[None, :]
-    tl.store(pointers, total.to(dbias_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, num_partials, num_elements, BLOCK: tl.constexpr):
-    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = elements < num_elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(num_partials):
-        total += tl.load(partial_ptr + tl.cast(i, tl.int64) * num_elements + elements, mask=mask, other=0.0)
-    tl.store(out_ptr + elements, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 # Launchers.
 
 
@@ -541,23 +264,24 @@ def _parts(Dh: int) -> tuple[int, ...]:
 
 
 def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
-    """What compiles without spills (for Dh up to 128), read from the binaries; of that, the most programs an SM.
+    """The largest tiles that compile without a spill (for Dh up to 128), read from the binaries.
 
-    ``fills``: programs that fill the chip. Fewer heads are cut into blocks of rows.
+    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows.
     """
     if dtype == torch.float32:  # no tensor cores
         return _Config(False, 32, 32, 32, 4, 1)
-    wgmma = arch in (90, 100)
-    if max(N, M) <= 320 and heads >= fills and not biased:
-        if wgmma and Dh <= 80:
+    alone = max(N, M) <= 320 and heads >= fills and not biased
+    if arch in (90, 100):  # operands in shared memory
+        if alone and Dh <= 80:
             return _Config(True, 64, 32, 32, 4, 1)
         if Dh <= 64:
-            return _Config(True, 64, 16, 32, 4, 1)
-    if Dh <= 64:
-        return _Config(False, 64, 32, 64 if wgmma else 32, 4, 2)
-    if Dh <= 96:
-        return _Config(False, 64, 32, 32, 4, 2)
-    return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
+            return _Config(False, 64, 32, 64, 4, 2)
+        if Dh <= 80 or (Dh <= 96 and not biased):
+            return _Config(False, 64, 32, 32, 4, 2)
+        return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
+    if Dh <= 64:  # operands in registers
+        return _Config(alone, 64, 16, 32, 4, 1 if alone or biased else 2)
+    return _Config(False, 32, 16, 32, 8, 1)
 
 
 def _tail(n: int, block: int) -> int:
@@ -698,31 +422,7 @@ def _launch(
     else:
         launch(dq_pass, B * query_blocks, query_blocks)
         launch(dkdv_pass, B * key_blocks, key_blocks)
-    return _launch_dbias(config, common, bias) if need_dbias else q.new_empty(0)
-
-
-def _launch_dbias(config: _Config, common: dict[str, Any], bias: Tensor) -> Tensor:
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    # A program sums over what has size 1 in the bias, be it an only element.
-    b, h, n, m = common["bias_ptr"].shape
-    blocks = triton.cdiv(common["num_queries"], config.block), triton.cdiv(common["num_keys"], config.key_step)
-    counts = (common["num_images"], common["num_heads"], *blocks)
-    tiles = math.prod(count for count, size in zip(counts, (b, h, n, m), strict=True) if size > 1)
-    terms = math.prod(counts) // tiles
-    splits = min(terms, triton.cdiv(2 * multiprocessors(bias.device), tiles))
-    target = dbias if splits == 1 else torch.empty(splits, dbias.numel(), dtype=torch.float32, device=bias.device)
-    _attention_dbias_kernel[(tiles, splits)](
-        **common,
-        dbias_ptr=target,
-        dbias_strides=(b * h * n * m, 0 if b == 1 else h * n * m, 0 if h == 1 else n * m, m),
-        **{"SUM_IMAGES": b == 1, "SUM_HEADS": h == 1, "SUM_QUERIES": n == 1, "SUM_KEYS": m == 1},
-        **{"QUERIES": config.block, "KEYS": config.key_step},
-    )
-    if splits > 1:
-        _sum_partials_kernel[(triton.cdiv(dbias.numel(), 256),)](
-            target, dbias, splits, dbias.numel(), BLOCK=256, num_warps=4, enable_fp_fusion=True
-        )
-    return dbias
+    return launch_dbias(common, bias, config.block, config.key_step) if need_dbias else q.new_empty(0)
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
