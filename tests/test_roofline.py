@@ -98,15 +98,10 @@ def test_the_fused_block_is_counted_by_launch():
     w = SIZES["B/16"]
     count, unit = counted(w, fused=True, train=True)
     names = [o.name for o in (*count.forward, *count.backward) if o.ours]
-    forward = ["layer_norm_fwd", "attention_fwd", "layer_norm_fwd"]
-    assert names == [
-        *forward,
-        "layer_norm_bwd",
-        "parameter_gradients",
-        "attention_bwd",
-        "layer_norm_bwd",
-        "parameter_gradients",
-    ]
+    assert names[:5] == ["layer_norm_fwd", "attention_fwd", "layer_norm_fwd", "layer_norm_bwd", "parameter_gradients"]
+    assert all(name.startswith("attention_bwd") for name in names[5:-2])
+    assert names[-2:] == ["layer_norm_bwd", "parameter_gradients"]
+    assert len(names) > 7
     assert [round(u) for u in units(count.forward, unit)] == EAGER  # one for one, until the GEMMs have epilogues
     backward = next(o for o in count.backward if o.name == "layer_norm_bwd")
     programs = min(-(-4 * w.tokens // 2), 132 * 16 // 4)  # tiles of two rows
