@@ -9,10 +9,12 @@ tensor that the launch was given, and no two programs may meet at one address un
     import interpreter; interpreter.install()
     with interpreter.checking(races=False, order="shuffle"): ...
     with interpreter.record_traffic() as traffic: ...
+    with interpreter.record_dots() as dots: ...       # (rows, columns, inner) of each tl.dot
 
 conftest.py also sets OPENBLAS_NUM_THREADS, OMP_NUM_THREADS and MKL_NUM_THREADS to 1 before the first import: a kernel
 is thousands of tiny numpy calls, and waking threads for them costs more than they compute. Nothing here imports triton
-before `install()`. Where a GPU runs the kernels, `checking` and `record_traffic` do nothing.
+before `install()`. Where a GPU runs the kernels, `checking`, `record_traffic` and
+`record_dots` do nothing.
 """
 
 import bisect
@@ -48,6 +50,7 @@ class Traffic:
 
 _options = Options()
 _traffic: Traffic | None = None
+_dots: list[tuple[int, int, int]] | None = None
 _memory: "_Memory | None" = None  # the tensors of the launch that is running
 _installed = False
 
@@ -73,6 +76,16 @@ def record_traffic() -> Iterator[Traffic]:
         yield _traffic
     finally:
         _traffic = before
+
+
+@contextlib.contextmanager
+def record_dots() -> Iterator[list[tuple[int, int, int]]]:
+    global _dots
+    before, _dots = _dots, []
+    try:
+        yield _dots
+    finally:
+        _dots = before
 
 
 def install() -> None:
@@ -185,6 +198,8 @@ def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
 
     # Upstream multiplies bf16's bit patterns as integers, and keeps all bits of fp32 where the tensor core has TF32.
     def create_dot(self: Any, lhs: Any, rhs: Any, accumulator: Any, input_precision: Any, *rest: Any) -> Any:
+        if _dots is not None:
+            _dots.append((*accumulator.data.shape[-2:], lhs.data.shape[-1]))
         if lhs.dtype.scalar.is_bf16():
             product = np.matmul(_wide(lhs), _wide(rhs)) + accumulator.data
         elif _options.tf32 and input_precision == tf32 and lhs.dtype.scalar.is_fp32():

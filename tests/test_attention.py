@@ -1,10 +1,16 @@
-"""attention and attention_qkv: the reference against the formula and timm, packing, masks, argument checks."""
+"""attention and attention_qkv: reference, operators' contract, autograd, wiring. The kernels: test_attention_kernels.py."""
+
+import importlib
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from helpers import outputs_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
+from vitkernels.ops.attention import MAX_HEAD_DIM, _Attention, _AttentionQKV, why_not
 
 
 def formula(q, k, v, scale=None, bias=None):
@@ -101,9 +107,225 @@ def test_autocast_gives_its_dtype():
         assert vk.ops.attention_qkv(qkv, bias=torch.zeros(1, 1, 5, 5)).dtype == torch.bfloat16
 
 
-def test_fused_raises_and_says_that_there_is_no_kernel_yet():
-    with vk.backend("fused"), pytest.raises(RuntimeError, match="this version has no attention kernel"):
-        vk.ops.attention_qkv(heads(1, 5, 3, 2, 16))
+# The operators' contract.
+
+
+def opcheck_arguments():
+    """Arguments for each operator of this stem, for test_registration."""
+    qkv, dout = heads(2, 20, 3, 2, 16), torch.randn(2, 20, 2, 16)
+    bias, mask = torch.randn(1, 2, 20, 20), torch.zeros(2, 1, 1, 20).masked_fill(torch.rand(2, 1, 1, 20) < 0.3, -torch.inf)
+    cu_seqlens = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    dense = [(qkv, bias, None), (qkv, mask, None), (qkv.bfloat16(), None, None)]
+    calls = [*dense, (qkv[0], None, cu_seqlens)]
+    found = {"attention_fwd": [], "attention_bwd": [], "attention_qkv_bwd": []}
+    for qkv, bias, cu_seqlens in calls:
+        numbers = (0, 0.25, False)
+        forward = (*qkv.unbind(-3), bias, cu_seqlens, *numbers)
+        saved = torch.ops.vitkernels.attention_fwd(*forward)
+        need_dbias = bias is not None and bias.shape[1] == 2
+        rest = (*saved, bias, cu_seqlens, *numbers, need_dbias)
+        grad = (dout if qkv.dim() == 5 else dout[0]).to(qkv.dtype)
+        found["attention_fwd"].append(forward)
+        found["attention_bwd"].append((grad, *qkv.unbind(-3), *rest))
+        found["attention_qkv_bwd"].append((grad, qkv, *rest))
+    return found
+
+
+@pytest.mark.parametrize("shape", [None, (1, 2, 5, 5), (2, 1, 1, 5), (5, 5)])
+def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter, shape):
+    """The kernels have no float64; the operators' reference does, and takes the same road through autograd."""
+    f64 = {"dtype": torch.float64, "requires_grad": True, "device": "cpu"}
+    qkv, q = torch.randn(2, 5, 3, 2, 3, **f64), torch.randn(2, 5, 2, 3, **f64)
+    bias = None if shape is None else torch.randn(shape, **f64)
+    assert torch.autograd.gradcheck(lambda x, b: _AttentionQKV.apply(x, b, None, 0, 0.7, False), (qkv, bias))
+    k, v = (torch.randn(2, 5, 2, 3, **f64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *a: _Attention.apply(*a, None, 0, 0.7, False), (q, k, v, bias))
+
+
+def test_autograd_wiring_of_packed_images_passes_gradcheck_in_float64(no_interpreter):
+    qkv = torch.randn(7, 3, 2, 3, dtype=torch.float64, requires_grad=True, device="cpu")
+    cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device="cpu")
+    assert torch.autograd.gradcheck(lambda x: _AttentionQKV.apply(x, None, cu_seqlens, 0, 0.7, False), (qkv,))
+    q, k, v = (t.detach().clone().requires_grad_() for t in qkv.unbind(1))
+    assert torch.autograd.gradcheck(lambda *a: _Attention.apply(*a, None, cu_seqlens, 0, 0.7, False), (q, k, v))
+
+
+def fused_qkv(*args, **kwargs):
+    with vk.backend("fused"):
+        return vk.ops.attention_qkv(*args, **kwargs)
+
+
+def test_a_bias_that_needs_no_gradient_gets_none_and_qkv_still_does():
+    qkv, bias = heads(1, 20, 3, 2, 16).requires_grad_(), torch.randn(1, 2, 20, 20)
+    fused_qkv(qkv, bias=bias).sum().backward()
+    assert qkv.grad.abs().sum() > 0
+    assert bias.grad is None
+
+
+def test_double_backward_raises():
+    qkv = heads(1, 20, 3, 2, 16).requires_grad_()
+    (grad,) = torch.autograd.grad(fused_qkv(qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_kernels_run_under_compile_fullgraph_with_dynamic_shapes():
+    compiled = torch.compile(vk.ops.attention_qkv, fullgraph=True, dynamic=True, backend="aot_eager")
+    with vk.backend("fused"):
+        for tokens in (20, 23):
+            qkv, dout = heads(2, tokens, 3, 2, 16), torch.randn(2, tokens, 2, 16)
+            want = outputs_and_gradients(vk.ops.attention_qkv, [qkv], [dout])
+            got = outputs_and_gradients(compiled, [qkv], [dout])
+            assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_kernels_run_under_gradient_checkpointing():
+    def checkpointed(qkv):
+        return torch.utils.checkpoint.checkpoint(fused_qkv, qkv, use_reentrant=False)
+
+    qkv, dout = heads(1, 20, 3, 2, 16), torch.randn(1, 20, 2, 16)
+    want, got = (outputs_and_gradients(f, [qkv], [dout]) for f in (fused_qkv, checkpointed))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_under_autocast_kernels_compute_in_its_dtype_and_gradients_keep_the_inputs():
+    qkv = heads(1, 20, 3, 2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = outputs_and_gradients(fused_qkv, [qkv], [torch.ones(1, 20, 2, 16)])
+        mixed = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2].bfloat16()  # LayerNorm of q and k is float32 under CUDA autocast
+        with vk.backend("fused"):
+            assert torch.equal(vk.ops.attention(*mixed), results["output 0"])
+    assert results["output 0"].dtype == torch.bfloat16
+    assert results["gradient of input 0"].dtype == torch.float32
+    assert torch.equal(results["output 0"], fused_qkv(qkv.bfloat16()))
+
+
+def test_reasons_name_what_is_unsupported():
+    q = torch.zeros(1, 5, 2, 16)
+    assert why_not(q, q, q) == []
+    assert "float64" in " ".join(why_not(*(q.double(),) * 3))
+    wide = torch.zeros(1, 5, 2, MAX_HEAD_DIM + 1)
+    assert f"head dim of 1 to {MAX_HEAD_DIM}, got {MAX_HEAD_DIM + 1}" in " ".join(why_not(wide, wide, wide))
+    assert "different devices" in " ".join(why_not(q, q, q, cu_seqlens=torch.zeros(2, device="meta")))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_torch_func_transforms_take_the_reference(transform):
+    qkv = heads(2, 5, 3, 2, 16)
+    call = {
+        "grad": lambda: torch.func.grad(lambda x: vk.ops.attention_qkv(x).square().sum())(qkv),
+        "vmap": lambda: torch.func.vmap(vk.ops.attention_qkv)(qkv[None]),
+        "jvp": lambda: torch.func.jvp(vk.ops.attention_qkv, (qkv,), (qkv,)),
+    }[transform]
+    with vk.backend("fused"), pytest.raises(RuntimeError, match=r"torch\.func"):
+        call()
+
+
+def test_fused_on_a_cpu_without_the_interpreter_raises_with_the_reason(no_interpreter):
+    with pytest.raises(RuntimeError, match="attention_qkv cannot run its kernel: kernels run on CUDA tensors, got cpu"):
+        fused_qkv(heads(1, 5, 3, 2, 16))
+
+
+class Listing(TorchDispatchMode):
+    """The operators that run, views left out."""
+
+    VIEWS = (
+        "view",
+        "unsafe_view",
+        "transpose",
+        "permute",
+        "unbind",
+        "select",
+        "expand",
+        "slice",
+        "detach",
+        "t",
+        "unsqueeze",
+        "empty",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name.strip("_") not in self.VIEWS:
+            self.ran.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("tokens", "runs_kernel"), [(5461, False), (5462, True)])
+def test_auto_leaves_tokens_below_8_mib_to_pytorch_because_they_are_launch_bound(tokens, runs_kernel):
+    qkv = torch.empty(1, tokens, 3, 12, 64, dtype=torch.bfloat16, device="meta")
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+    with vk._select.targeting("sm_90"):
+        for call in (lambda: vk.ops.attention_qkv(qkv), lambda: vk.ops.attention(*qkv.unbind(2))):
+            with Listing() as listing:
+                call()
+            assert ("attention_fwd" in listing.ran) == runs_kernel
+        with Listing() as listing:
+            vk.ops.attention_qkv(qkv[0, :9], cu_seqlens=cu_seqlens)
+    assert "attention_fwd" in listing.ran, "PyTorch would read the lengths back"
+
+
+# Wiring.
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vitkernels.ops.attention"), "MIN_BYTES", 0)
+    with vk._select.targeting("sm_90"):
+        yield
+
+
+def between_products(ran):
+    """What runs between the first two matrix products: qkv and the projection of a block."""
+    first, second = [i for i, name in enumerate(ran) if name in ("addmm", "mm", "linear")][:2]
+    return ran[first + 1 : second]
+
+
+def trace(module, *args, **kwargs):
+    with Listing() as listing:
+        module(*args, **kwargs)
+    return listing.ran
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_fused_block_has_nothing_but_attention_between_its_projections(any_size, qk_norm, masked):
+    with torch.device("meta"):
+        block = timm.models.vision_transformer.Block(64, 2, qkv_bias=True, qk_norm=qk_norm).bfloat16()
+        x = torch.empty(2, 17, 64, dtype=torch.bfloat16)
+        mask = torch.empty(2, 1, 1, 17, dtype=torch.bfloat16) if masked else None
+    stock = between_products(trace(block, x, attn_mask=mask))
+    assert "clone" in stock, "timm packs the heads after attention"
+    block.__class__ = vk.models.FusedBlock
+    fused = between_products(trace(block, x, attn_mask=mask))
+    assert fused == [*["native_layer_norm"] * 2 * qk_norm, "attention_fwd"]
+
+
+def test_the_gradient_of_a_fused_block_reaches_qkv_in_one_piece(any_size):
+    with torch.device("meta"):
+        block = timm.models.vision_transformer.Block(64, 2, qkv_bias=True).bfloat16()
+        x = torch.empty(2, 17, 64, dtype=torch.bfloat16, requires_grad=True)
+    block.__class__ = vk.models.FusedBlock
+    out = block(x)
+    with Listing() as listing:
+        out.backward(torch.empty_like(out))
+    after = listing.ran[listing.ran.index("attention_qkv_bwd") + 1 :]
+    assert after[0] in ("mm", "addmm"), f"qkv's products follow at once, not {after[0]}"
+
+
+def test_attention_pooling_runs_the_kernel_without_copies_of_keys_and_values(any_size):
+    with torch.device("meta"):
+        pool = timm.layers.AttentionPoolLatent(64, num_heads=2, mlp_ratio=2).bfloat16()
+        x = torch.empty(2, 17, 64, dtype=torch.bfloat16)
+    pool.__class__ = vk.models.FusedAttentionPool
+    ran = trace(pool, x)
+    assert "attention_fwd" in ran
+    products = [i for i, name in enumerate(ran) if name in ("addmm", "mm")]
+    assert ran[products[1] + 1 : products[2]] == ["attention_fwd"]
 
 
 Q = torch.zeros(2, 5, 3, 16)

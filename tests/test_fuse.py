@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import PatchEmbed, RmsNorm
+from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import vitkernels as vk
-from vitkernels.models import FUSED_CLASSES, FusedBlock, FusedPatchEmbed
+from vitkernels.models import FUSED_CLASSES, FusedAttentionPool, FusedBlock, FusedPatchEmbed
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -192,8 +192,85 @@ def test_explain_says_fused_or_why_not_for_every_block_and_prints_a_table():
     table = str(vk.explain(model))
     assert "2 of 3 modules fused" in table
     assert "attn.qkv has hooks" in table
-    assert "this version has no attention kernel" in table
+    assert "PyTorch: " in table
     assert set(report.operators) == set(vk.ops.__all__)
+
+
+def siglip(**arguments):
+    return small(class_token=False, global_pool="map", **arguments)
+
+
+def test_attention_pooling_is_fused_and_explained():
+    model = siglip()
+    stock = outputs_and_gradients(model, IMAGES)
+    vk.fuse(model, strict=True)
+    assert type(model.attn_pool) is FusedAttentionPool
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model, IMAGES), stock, strict=True))
+    report = {m.name: m for m in vk.explain(model).modules}
+    assert report["attn_pool"].fused
+    model.attn_pool.fused_attn = False
+    assert vk.explain(model).modules[-1].reasons == ("fused_attn is False",)
+    torch.testing.assert_close(outputs_and_gradients(model, IMAGES)[0], stock[0], atol=1e-5, rtol=1e-5)
+    vk.unfuse(model)
+    assert type(model.attn_pool) is AttentionPoolLatent
+
+
+POOLS = {
+    "plain": {},
+    "several queries": {"latent_len": 3, "pool_type": ""},
+    "average of several queries": {"latent_len": 3, "pool_type": "avg"},
+    "normed": {"qk_norm": True, "norm_layer": nn.LayerNorm},
+    "positions": {"pos_embed": "abs", "feat_size": 17},
+    "no projection": {"out_features": 0},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("arguments", POOLS.values(), ids=POOLS)
+def test_options_of_attention_pooling(arguments, masked):
+    pool = AttentionPoolLatent(48, num_heads=3, **arguments)
+    for p in pool.parameters():
+        nn.init.normal_(p, std=0.2)
+    fused = copy.deepcopy(pool)
+    fused.__class__ = FusedAttentionPool
+    x = torch.randn(2, 17, 48)
+    mask = torch.zeros(2, 1, 1, 17).masked_fill(torch.rand(2, 1, 1, 17) < 0.3, -1e4) if masked else None
+    want, got = pool(x, attn_mask=mask), fused(x, attn_mask=mask)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), pool.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("child", ["q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp", "mlp.fc1"])
+def test_hooks_inside_attention_pooling_take_effect_as_in_timm(child):
+    outputs = []
+    for model in (siglip(), vk.fuse(siglip())):
+        torch.manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+        before = model(IMAGES)
+        model.attn_pool.get_submodule(child).register_forward_hook(lambda _module, _args, out: out * 1.5)
+        outputs.append(model(IMAGES))
+        assert not torch.equal(before, outputs[-1]) or child == "k_norm"
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_subclass_of_attention_pooling_is_not_swapped_and_says_so():
+    class MyPool(AttentionPoolLatent):
+        pass
+
+    model = siglip()
+    model.attn_pool.__class__ = MyPool
+    vk.fuse(model)
+    assert "has no fused form of" in vk.explain(model).modules[-1].reasons[0]
+
+
+def test_an_attention_pooling_with_an_unknown_signature_is_refused(monkeypatch):
+    monkeypatch.setattr(AttentionPoolLatent, "forward", lambda self, x: x)
+    with pytest.raises(RuntimeError, match=r"AttentionPoolLatent.forward takes \('self', 'x'\), vitkernels knows"):
+        vk.fuse(small())
 
 
 def test_explain_of_other_block_classes_names_them():
@@ -211,10 +288,10 @@ def test_a_hybrid_stem_keeps_timms_path_and_its_blocks_are_fused():
 
 
 def test_fallbacks_are_logged_once_at_info(caplog, monkeypatch):
-    """On a GPU without a kernel for the operator; here a tensor that claims to be on one."""
+    """On a GPU, where the kernel is not worth its launch; here a tensor that claims to be on one."""
     monkeypatch.setattr("vitkernels._select._reported", set())
-    q = torch.empty(1, 5, 2, 16, device="meta")
+    x = torch.empty(5, 16, device="meta")
     with caplog.at_level("INFO", logger="vitkernels"), vk._select.targeting("sm_90"):
-        vk.ops.attention(q, q, q)
-        vk.ops.attention(q, q, q)
-    assert [r.getMessage() for r in caplog.records] == ["attention falls back to PyTorch: this version has no attention kernel"]
+        vk.ops.layer_norm(x)
+        vk.ops.layer_norm(x)
+    assert [r.getMessage() for r in caplog.records] == ["layer_norm falls back to PyTorch: inputs below 8 MiB are launch-bound"]

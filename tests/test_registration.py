@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 import pytest
+import test_attention
 import test_layer_norm
 import torch
 from helpers import KERNEL_TESTS
@@ -12,8 +13,8 @@ from torch.library import opcheck
 from vitkernels.ops import _register
 
 pytestmark = KERNEL_TESTS
-# A stem with kernels: where its launchers are, and its test module, which lists arguments for each of its operators.
-STEMS = {"layer_norm": test_layer_norm}
+# Kernel files, where launchers are, and the test module of their stem, which lists arguments for each of its operators.
+STEMS = {"layer_norm": test_layer_norm, "attention": test_attention, "attention_backward": test_attention}
 
 
 def arguments(name=None):

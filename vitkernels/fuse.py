@@ -18,7 +18,7 @@ _logger = logging.getLogger("vitkernels")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One patch embedding or transformer block of a model."""
+    """One patch embedding, transformer block or attention pooling of a model."""
 
     name: str
     kind: str
@@ -31,7 +31,7 @@ class FusionReport:
     """What ``explain`` found. ``print(report)`` shows tables.
 
     Attributes:
-        modules: one entry per patch embedding and transformer block, fused or with the reasons why not.
+        modules: one entry per patch embedding, transformer block and attention pooling, fused or with the reasons why not.
         operators: for each operator the reasons why it runs PyTorch's code instead of its kernel on this model's device and
             dtype; an empty tuple means the kernel.
     """
@@ -60,7 +60,7 @@ class FusionReport:
 
 
 def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
-    """Swap the transformer blocks and patch embeddings of timm models inside ``model`` for fused ones, in place.
+    """Swap the blocks, patch embeddings and attention pooling of timm models inside ``model`` for fused ones, in place.
 
     Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
     vitkernels does not know (RMSNorm, a LoRA layer), hooks on its children or active dropout, it runs timm's forward, and
@@ -68,7 +68,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
-        strict: raise if any transformer block or patch embedding would run timm's forward now.
+        strict: raise if any of these modules would run timm's forward now.
 
     Returns:
         ``model`` itself.
@@ -76,7 +76,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: it contains no block of timm's ``vision_transformer``.
-        RuntimeError: ``strict`` and something would not run fused, or timm's ``Block.forward`` has an unknown signature.
+        RuntimeError: ``strict`` and something would not run fused, or a ``forward`` of timm's has an unknown signature.
 
         The model is unchanged after an error.
     """
@@ -120,7 +120,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def explain(model: nn.Module) -> FusionReport:
-    """Say of each transformer block and patch embedding whether it is fused, or why not, and what each operator runs.
+    """Say of each block, patch embedding and attention pooling if it is fused, or why not, and what each operator runs.
 
     The state is that of a call now: a fused block with a hook on its ``attn`` is reported as not fused, with that reason.
 
@@ -142,7 +142,7 @@ _NOT_YET = "vitkernels.fuse would fuse it"
 
 
 def _reasons(name: str, module: nn.Module) -> list[str] | None:
-    """Why ``module`` does not run fused, empty if it does; None for a module that is neither block nor patch embedding."""
+    """Why ``module`` does not run fused, empty if it does; None for a module of no such kind."""
     from .models import FUSED_CLASSES
 
     for stock, fused in FUSED_CLASSES.items():

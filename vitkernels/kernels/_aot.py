@@ -63,6 +63,7 @@ _MMA = {
 _TMA = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")
 _GLOBAL = ("LDG", "STG", "LDGSTS")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.MULTILINE)
+_DOT = re.compile(r"tt\.dot .*")
 _USAGE = re.compile(r"Function \S+:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -181,7 +182,7 @@ class Resources:
         registers, stack_bytes: of a thread. spill_bytes, spill_load_bytes: stored to and loaded from the stack for want of
             registers, as ptxas counts them.
         shared_bytes: of a block; shared_limit: what the chip gives one. tensor_memory_columns: of 512 (sm_100).
-        has_dot: the source multiplies matrices, so ``mma`` should not be all zero.
+        has_dot: the source multiplies matrices other than of true float32, so ``mma`` should not be all zero.
         mma, tma, async_copies, local_loads, local_stores, instructions: instruction counts, padding left out.
         wide_global, global_accesses: global loads, stores and asynchronous copies, and those among them of 128 bits or more.
         blocks_per_sm, limited_by: occupancy, and which of regs, smem, tmem (tensor memory), warps, blocks runs out first.
@@ -232,7 +233,7 @@ def read(kernel: Any, arch: int) -> Resources:
         shared_bytes=shared,
         shared_limit=CHIPS[arch].shared_per_block,
         tensor_memory_columns=columns,
-        has_dot="tt.dot" in kernel.asm["ttir"],  # helpers are inlined there
+        has_dot=any(map(_for_tensor_cores, _DOT.findall(kernel.asm["ttir"]))),  # helpers are inlined there
         blocks_per_sm=blocks,
         limited_by=limited_by,
         **binary,
@@ -254,6 +255,11 @@ def occupancy(arch: int, warps: int, registers: int, shared_bytes: int, columns:
     }
     limited_by = min(limits, key=lambda name: limits[name])
     return limits[limited_by], limited_by
+
+
+def _for_tensor_cores(dot: str) -> bool:
+    """Of a line of Triton's IR: float32 without TF32 goes to the ordinary units."""
+    return "xf32> *" not in dot or "tf32" in dot
 
 
 def _constants(src: Any) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
 
 from ._swap import FUSED_CLASSES, fuse_classes, unfuse_classes
+from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .patch_embed import FusedPatchEmbed
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
@@ -8,6 +9,7 @@ from .vit_pytorch import load_vit_pytorch
 
 __all__ = [
     "FUSED_CLASSES",
+    "FusedAttentionPool",
     "FusedBlock",
     "FusedPatchEmbed",
     "VisionTransformer",

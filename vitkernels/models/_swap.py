@@ -4,21 +4,27 @@ import inspect
 
 from torch import nn
 
+from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .patch_embed import FusedPatchEmbed
 
 # By exact class. Each fused class has `stock`, its timm class, and `why_not(module)`.
-FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {cls.stock: cls for cls in (FusedBlock, FusedPatchEmbed)}
+_FUSED = (FusedBlock, FusedPatchEmbed, FusedAttentionPool)
+FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {cls.stock: cls for cls in _FUSED}
 
-# timm's Block.forward as read (1.0.26 to 1.0.31); another signature means another meaning, which is not guessed.
-_KNOWN_SIGNATURE = ("self", "x", "attn_mask", "is_causal")
+# timm's forwards as read (1.0.26 to 1.0.31); another signature means another meaning, which is not guessed.
+_KNOWN_SIGNATURES = {
+    FusedBlock: ("self", "x", "attn_mask", "is_causal"),
+    FusedAttentionPool: ("self", "x", "attn_mask"),
+}
 
 
 def fuse_classes(model: nn.Module) -> None:
-    """Give modules of an exact timm class the fused one; ``RuntimeError`` if timm's block is not as known."""
-    signature = tuple(inspect.signature(FusedBlock.stock.forward).parameters)
-    if signature != _KNOWN_SIGNATURE:
-        raise RuntimeError(f"this timm's Block.forward takes {signature}, vitkernels knows {_KNOWN_SIGNATURE}")
+    """Give modules of an exact timm class the fused one; ``RuntimeError`` if a forward of timm's is not as known."""
+    for cls, known in _KNOWN_SIGNATURES.items():
+        signature = tuple(inspect.signature(cls.stock.forward).parameters)
+        if signature != known:
+            raise RuntimeError(f"this timm's {cls.stock.__name__}.forward takes {signature}, vitkernels knows {known}")
     _swap(model, FUSED_CLASSES)
 
 

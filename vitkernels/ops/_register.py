@@ -13,9 +13,18 @@ from .. import _env
 
 _library = torch.library.Library("vitkernels", "DEF")
 NAMES: list[str] = []
+# FLOPs of matrix products by operator, from its arguments. torch.utils.flop_counter has a registry, but imports Triton.
+FLOPS: dict[str, Callable[..., int]] = {}
 
 
-def register(schema: str, *, fake: Callable[..., Any], stem: str, reference: Callable[..., Any]) -> None:
+def register(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    stem: str,
+    reference: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> None:
     """Define ``vitkernels::<name>`` by its schema ``"name(arguments) -> results"``.
 
     Args:
@@ -24,8 +33,11 @@ def register(schema: str, *, fake: Callable[..., Any], stem: str, reference: Cal
         fake: same arguments, returns empty tensors of the right shapes, dtypes and strides.
         stem: ``kernels/<stem>.py`` holds ``launch_<name>`` with the same arguments. It is imported at the first launch.
         reference: same arguments and results by PyTorch's operators; what the operator does on a CPU that does not interpret.
+        flops: same arguments, returns the FLOPs of its matrix products; None if it has none.
     """
     name = schema.partition("(")[0]
+    if flops is not None:
+        FLOPS[name] = flops
 
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"vitkernels.kernels.{stem}"), f"launch_{name}")(*args)

@@ -1,15 +1,211 @@
 """Softmax attention over tokens-major heads, dense or packed. Parts as in ``layer_norm.py``."""
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from . import _check
+from ._register import register
+
+MAX_HEAD_DIM = 256
+# As for layer_norm, and derived in the same way: a block whose tokens are below 8 MiB waits for the host, and our launch costs
+# the host about 12 us more than PyTorch's. Of one of q, k and v, which are as large as the tokens. Packed images have no
+# such limit: PyTorch would read the lengths back and launch once for each image.
+MIN_BYTES = 8 * 2**20
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# 1. Registration. Bytes of one of q, k, v and o: forward reads 3 and writes 1; backward reads 5 and writes 3.
+
+
+def _statistics_like(q: Tensor) -> Tensor:
+    *images, queries, heads, _ = q.shape
+    return q.new_empty((*images, heads, queries), dtype=torch.promote_types(torch.float32, q.dtype))
+
+
+def _attention_fwd_fake(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32):
+    return q.new_empty(q.shape), _statistics_like(q), _statistics_like(q)
+
+
+def _image_slices(cu_seqlens: Tensor) -> list[slice]:
+    return [slice(a, b) for a, b in itertools.pairwise(cu_seqlens.tolist())]
+
+
+def _probabilities(s: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
+    return ((s - row_max[..., None]) - log_sum[..., None]).exp()
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(B, N, H, Dh) as (B, H, N, Dh), in the dtype of the statistics."""
+    return [t.transpose(1, 2).to(torch.promote_types(torch.float32, t.dtype)) for t in tensors]
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    s = scale * (q @ k.transpose(-1, -2))
+    return s if bias is None else s + bias.to(s.dtype)
+
+
+def _attention_fwd_reference(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32):
+    if cu_seqlens is not None:
+        out, row_max, log_sum = _attention_fwd_fake(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32)
+        for rows in _image_slices(cu_seqlens):
+            image = (t[None, rows] for t in (q, k, v))
+            o, m, log = _attention_fwd_reference(*image, None, None, 0, scale, allow_tf32)
+            out[rows], row_max[:, rows], log_sum[:, rows] = o[0], m[0], log[0]
+        return out, row_max, log_sum
+    if k.shape[1] == 0:
+        out, row_max, log_sum = _attention_fwd_fake(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32)
+        return out.zero_(), row_max.zero_(), log_sum.fill_(torch.inf)
+    qh, kh, vh = _heads_first(q, k, v)
+    s = _logits(qh, kh, bias, scale)
+    row_max = s.amax(-1)
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    log_sum = (s - row_max[..., None]).exp().sum(-1).log()
+    log_sum = log_sum.masked_fill(log_sum == -torch.inf, torch.inf)
+    out = _probabilities(s, row_max, log_sum) @ vh
+    return out.transpose(1, 2).to(q.dtype).contiguous(), row_max, log_sum
+
+
+def _product_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Of one product of queries and keys; packed images are taken to be equally long."""
+    keys = k.shape[-3] if cu_seqlens is None else k.shape[-3] // max(cu_seqlens.shape[0] - 1, 1)
+    return 2 * q.numel() * keys
+
+
+register(
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cu_seqlens, int max_seqlen, float scale,"
+    " bool allow_tf32) -> (Tensor out, Tensor row_max, Tensor log_sum)",
+    fake=_attention_fwd_fake,
+    stem="attention",
+    reference=_attention_fwd_reference,
+    flops=lambda q, k, v, bias, cu_seqlens, *_: 2 * _product_flops(q, k, cu_seqlens),
+)
+
+
+def _dbias_like(q: Tensor, bias: Tensor | None, wanted: bool) -> Tensor:
+    return bias.new_empty(bias.shape) if wanted and bias is not None else q.new_empty(0)
+
+
+def _attention_bwd_fake(
+    dout, q, k, v, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
+):  # fmt: skip
+    return *(t.new_empty(t.shape) for t in (q, k, v)), _dbias_like(q, bias, need_dbias)
+
+
+def _attention_bwd_reference(
+    dout, q, k, v, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
+):  # fmt: skip
+    if cu_seqlens is not None:
+        *grads, dbias = _attention_bwd_fake(
+            dout, q, k, v, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, False
+        )
+        for rows in _image_slices(cu_seqlens):
+            image = [t[None, rows] for t in (dout, q, k, v, out)]
+            statistics = (row_max[None, :, rows], log_sum[None, :, rows])
+            parts = _attention_bwd_reference(*image, *statistics, None, None, 0, scale, allow_tf32, False)
+            for grad, part in zip(grads, parts, strict=False):
+                grad[rows] = part[0]
+        return *grads, dbias
+    qh, kh, vh, dh, oh = _heads_first(q, k, v, dout, out)
+    p = _probabilities(_logits(qh, kh, bias, scale), row_max, log_sum)
+    ds = p * (dh @ vh.transpose(-1, -2) - (dh * oh).sum(-1, keepdim=True))
+    grads = (scale * (ds @ kh), scale * (ds.transpose(-1, -2) @ qh), p.transpose(-1, -2) @ dh)
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype, copy=True) if need_dbias and bias is not None else q.new_empty(0)
+    return *(g.transpose(1, 2).to(q.dtype).contiguous() for g in grads), dbias
+
+
+register(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor row_max, Tensor log_sum, Tensor? bias,"
+    " Tensor? cu_seqlens, int max_seqlen, float scale, bool allow_tf32, bool need_dbias)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    fake=_attention_bwd_fake,
+    stem="attention_backward",
+    reference=_attention_bwd_reference,
+    flops=lambda *args: 5 * _product_flops(args[1], args[2], args[8]),  # that are needed: one computes the logits again
+)
+
+
+def _attention_qkv_bwd_fake(
+    dout, qkv, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
+):  # fmt: skip
+    return qkv.new_empty(qkv.shape), _dbias_like(qkv, bias, need_dbias)
+
+
+def _attention_qkv_bwd_reference(
+    dout, qkv, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
+):  # fmt: skip
+    *grads, dbias = _attention_bwd_reference(
+        dout, *qkv.unbind(-3), out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
+    )
+    return torch.stack(grads, -3), dbias
+
+
+register(
+    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor row_max, Tensor log_sum, Tensor? bias, Tensor? cu_seqlens,"
+    " int max_seqlen, float scale, bool allow_tf32, bool need_dbias) -> (Tensor dqkv, Tensor dbias)",
+    fake=_attention_qkv_bwd_fake,
+    stem="attention_backward",
+    reference=_attention_qkv_bwd_reference,
+    flops=lambda dout, qkv, *rest: 5 * _product_flops(dout, dout, rest[4]),
+)
+
+
+# 2. Why not.
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, cu_seqlens: Tensor | None = None) -> list[str]:
-    """Reasons why the attention kernel cannot take these tensors; empty when it can."""
-    return ["this version has no attention kernel", *_select.why_not_here(q, k, v, bias, cu_seqlens)]
+    """Reasons why the attention kernels cannot take these tensors; empty when they can."""
+    tensors = [t for t in (q, k, v, bias) if t is not None]
+    reasons = _select.why_not_here(*tensors, cu_seqlens)
+    unsupported = sorted({str(t.dtype) for t in tensors if t.dtype not in (*KERNEL_DTYPES, torch.bool)})
+    if unsupported:
+        reasons.append(f"the attention kernels compute in float32, got {', '.join(unsupported)}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        reasons.append(f"the attention kernels take a head dim of 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
+    return reasons
+
+
+# 3. Autograd.
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32):
+        ctx.numbers = (max_seqlen, scale, allow_tf32)
+        out, row_max, log_sum = torch.ops.vitkernels.attention_fwd(q, k, v, bias, cu_seqlens, *ctx.numbers)
+        ctx.save_for_backward(q, k, v, out, row_max, log_sum, bias, cu_seqlens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        need_dbias = ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = torch.ops.vitkernels.attention_bwd(dout, *ctx.saved_tensors, *ctx.numbers, need_dbias)
+        return dq, dk, dv, dbias if need_dbias else None, None, None, None, None
+
+
+class _AttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv, bias, cu_seqlens, max_seqlen, scale, allow_tf32):
+        ctx.numbers = (max_seqlen, scale, allow_tf32)
+        out, row_max, log_sum = torch.ops.vitkernels.attention_fwd(*qkv.unbind(-3), bias, cu_seqlens, *ctx.numbers)
+        ctx.save_for_backward(qkv, out, row_max, log_sum, bias, cu_seqlens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        need_dbias = ctx.needs_input_grad[1]
+        dqkv, dbias = torch.ops.vitkernels.attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers, need_dbias)
+        return dqkv, dbias if need_dbias else None, None, None, None, None
+
+
+# 4. The public functions.
 
 
 def attention(
@@ -29,13 +225,15 @@ def attention(
         k, v: (B, M, H, Dh) of ``q``'s dtype; (total, H, Dh) with ``cu_seqlens``.
         scale: default ``Dh ** -0.5``.
         bias: additive, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a row that masks every
-            key gives zeros. Not with ``cu_seqlens``.
+            key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean of ``v``, as in
+            timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with ``cu_seqlens``.
         cu_seqlens: int32 (B + 1,), ascending from 0 to total: image b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``, and
             attends to itself only. A length may be 0.
-        max_seqlen: the longest of these lengths, if the caller knows it (spares kernels a host synchronisation).
+        max_seqlen: the longest of these lengths, if the caller knows it. The kernels do without: no length is read back.
 
     Returns:
-        ``q``'s shape, contiguous; ``q``'s dtype, or autocast's.
+        ``q``'s shape, contiguous; ``q``'s dtype, or autocast's. Softmax and sums are float32, products of float32 tensors
+        true float32 unless ``torch.backends.cuda.matmul.allow_tf32``. Twice differentiable only through the reference.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
@@ -43,8 +241,9 @@ def attention(
     """
     op = "attention"
     _check.tensor(op, "q", q)
+    dtypes = (q.dtype,) if _select.autocast_dtype(q) is None else _check.FLOATS  # autocast casts them all
     for name, t in (("k", k), ("v", v)):
-        _check.tensor(op, name, t, (q.dtype,))
+        _check.tensor(op, name, t, dtypes)
     _check.shape(op, "q", q, ("B", "N", "H", "Dh") if cu_seqlens is None else ("total", "H", "Dh"))
     if cu_seqlens is None:
         _check.shape(op, "k", k, (q.shape[0], "M", *q.shape[2:]))
@@ -53,8 +252,10 @@ def attention(
         for name, t in (("k", k), ("v", v)):
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
-    _select.use_kernel("attention", q, lambda: why_not(q, k, v, bias, cu_seqlens))  # raises under "fused", never True yet
-    return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    if not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
+        return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    q, k, v = (_autocast(t) for t in (q, k, v))
+    return _Attention.apply(q, k, v, _additive(bias, q), cu_seqlens, *_numbers(q, max_seqlen, scale))
 
 
 def attention_qkv(
@@ -77,15 +278,38 @@ def attention_qkv(
     Raises:
         TypeError, ValueError, RuntimeError: as ``attention``.
     """
-    _check.tensor("attention_qkv", "qkv", qkv)
-    expected = ("B", "N", 3, "H", "Dh") if cu_seqlens is None else ("total", 3, "H", "Dh")
-    _check.shape("attention_qkv", "qkv", qkv, expected)
+    op = "attention_qkv"
+    _check.tensor(op, "qkv", qkv)
+    _check.shape(op, "qkv", qkv, ("B", "N", 3, "H", "Dh") if cu_seqlens is None else ("total", 3, "H", "Dh"))
     if cu_seqlens is not None or bias is not None:
         q, k, _ = qkv.unbind(-3)
-        _check_masks("attention_qkv", q, k, bias, cu_seqlens)
-    # raises under "fused", never True yet
-    _select.use_kernel("attention_qkv", qkv, lambda: why_not(*qkv.unbind(-3), bias, cu_seqlens))
-    return reference.attention_qkv(qkv, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        _check_masks(op, q, k, bias, cu_seqlens)
+    if not _use_kernel(op, qkv, lambda: why_not(*qkv.unbind(-3), bias, cu_seqlens), 3 * MIN_BYTES, cu_seqlens):
+        return reference.attention_qkv(qkv, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    qkv = _autocast(qkv)
+    return _AttentionQKV.apply(qkv, _additive(bias, qkv), cu_seqlens, *_numbers(qkv, max_seqlen, scale))
+
+
+def _use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int, cu_seqlens: Tensor | None) -> bool:
+    return _select.use_kernel(op, x, why_not, min_bytes if cu_seqlens is None else 0)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast casts the arguments of ``scaled_dot_product_attention``: all but float64."""
+    dtype = _select.autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _additive(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    if bias is None or bias.dtype != torch.bool:
+        return bias
+    return torch.zeros(bias.shape, dtype=q.dtype, device=bias.device).masked_fill(~bias, -torch.inf)
+
+
+def _numbers(q: Tensor, max_seqlen: int | None, scale: float | None) -> tuple[int, float, bool]:
+    """The operators' last arguments: max_seqlen, scale, allow_tf32."""
+    allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return max_seqlen or 0, q.shape[-1] ** -0.5 if scale is None else float(scale), allow_tf32
 
 
 def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:

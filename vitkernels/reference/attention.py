@@ -28,13 +28,15 @@ def attention(
     images = [
         attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
-    return torch.cat(images) if images else torch.empty_like(q)
+    return torch.cat(images) if images else q.clone()
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
     """Heads first, (B, H, N, Dh), as views."""
     if bias is not None and bias.dtype not in (torch.bool, q.dtype) and not torch.is_autocast_enabled(q.device.type):
         bias = bias.to(q.dtype)  # scaled_dot_product_attention accepts no other; autocast casts by itself
+    if bias is not None and bias.dim() < 2:
+        bias = bias.reshape(1, -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).contiguous()  # (B, N, H, Dh)
 

@@ -1,0 +1,471 @@
+"""The backward kernels of attention through their launchers: gradients against the float64 reference, bitwise repeatable.
+
+What the forward leaves (out, row_max, log_sum) is made here, from float64.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, KERNEL_TESTS, assert_within_budget
+from interpreter import checking
+
+from vitkernels import reference
+from vitkernels.kernels import attention_backward
+from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
+
+pytestmark = KERNEL_TESTS
+ROOT = Path(__file__).resolve().parent.parent
+LENGTHS = (1, 2, 63, 64, 65, 196, 197, 256, 257, 576, 577, 1370)
+HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
+
+
+def normal(*shape, dtype=torch.float32, std=1.0):
+    return (std * torch.randn(shape)).to(dtype)
+
+
+def inputs(B, N, M, H, Dh, dtype):
+    """q, k, v and dout with logits of std 3: q of std 3, k of std 1, scale Dh ** -0.5."""
+    return normal(B, N, H, Dh, dtype=dtype, std=3.0), *(normal(B, n, H, Dh, dtype=dtype) for n in (M, M, N))
+
+
+def statistics(q, k, v, bias, scale):
+    """out, row_max and log_sum of dense tensors; a row of -inf has 0, 0 and +inf.
+
+    From the float32 logits that kernels have, also those of the backward: an error that both share cancels in p.
+    """
+    s = scale * torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float())
+    if bias is not None:
+        s = s + bias.float()
+    s = s.double()
+    row_max = s.amax(-1)
+    row_max = row_max.where(row_max > -torch.inf, 0.0)
+    log_sum = (s - row_max[..., None]).exp().sum(-1).log()
+    log_sum = log_sum.where(log_sum > -torch.inf, torch.inf)
+    p = ((s - row_max[..., None]) - log_sum[..., None]).exp()
+    out = torch.einsum("bhnm,bmhd->bnhd", p, v.double())
+    return out.to(q.dtype).contiguous(), row_max.float().contiguous(), log_sum.float().contiguous()
+
+
+def launch(q, k, v, dout, bias=None, need_dbias=False, scale=None, allow_tf32=False):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    left = statistics(q, k, v, bias, scale)
+    return launch_attention_bwd(dout, q, k, v, *left, bias, None, 0, scale, allow_tf32, need_dbias)
+
+
+def gradients(q, k, v, dout, bias=None, need_dbias=False, scale=None):
+    """Of the reference, in the inputs' dtype."""
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    if need_dbias:
+        bias = bias.detach().clone().requires_grad_()
+        leaves.append(bias)
+    return torch.autograd.grad(reference.attention(*leaves[:3], scale=scale, bias=bias), leaves, dout)
+
+
+def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
+    """The launcher's gradients are within the budget; returns them."""
+    got = launch(q, k, v, dout, bias, need_dbias, scale)
+    eager = gradients(q, k, v, dout, bias, need_dbias, scale)
+    oracle = gradients(*(None if t is None else t.double() for t in (q, k, v, dout, bias)), need_dbias, scale)
+    names = ("dq", "dk", "dv", "dbias") if need_dbias else ("dq", "dk", "dv")
+    for name, *tensors in zip(names, got, eager, oracle, strict=False):
+        assert_within_budget(name, *tensors)
+    assert need_dbias or got[3].numel() == 0
+    return got
+
+
+def change_config(monkeypatch, **changes):
+    config = attention_backward._config
+    monkeypatch.setattr(attention_backward, "_config", lambda *args: config(*args)._replace(**changes))
+
+
+BOTH_FORMS = pytest.mark.parametrize("one_program", [True, False], ids=["one program", "two launches"])
+
+
+# Without a bias.
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize(
+    ("N", "Dh", "dtype"),
+    [
+        (197, 64, torch.bfloat16),
+        (257, 72, torch.float16),
+        *itertools.product((65,), (80,), DTYPES),
+        *itertools.product((64,), (32,), DTYPES),
+    ],
+    ids=str,
+)
+def test_gradients_are_within_budget(N, Dh, dtype, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    check(*inputs(1, N, N, 2, Dh, dtype))
+
+
+@pytest.mark.parametrize("Dh", [1, 13, 16, 20, 40, 48, 88, 96, 104, 112, 128, 160, 256])
+def test_any_head_dim_is_within_budget(Dh):
+    check(*inputs(1, 33, 33, 2, Dh, torch.bfloat16))
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize(("N", "M"), [(1, 2), (2, 2), (1, 256), (3, 130), (130, 63)])
+def test_any_number_of_queries_and_keys_is_within_budget(N, M, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    check(*inputs(2, N, M, 2, 48, torch.float16))
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("N", [1, 130])
+def test_a_single_key_gives_its_value_a_gradient_and_nothing_else(N, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    q, k, v, dout = inputs(2, N, 1, 2, 48, torch.float16)
+    dq, dk, dv, _ = launch(q, k, v, dout)
+    assert_within_budget("dv", dv, dout.sum(1, keepdim=True), dout.double().sum(1, keepdim=True))
+    # ds is the difference of two equal sums of 48 products, in float32.
+    assert dq.abs().max() < 1e-5
+    assert dk.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [(16, 16), (64, 32), (32, 64)], ids=str)
+def test_any_tile_sizes_are_within_budget(steps, monkeypatch):
+    change_config(monkeypatch, query_step=steps[0], key_step=steps[1])
+    check(*inputs(1, 70, 85, 2, 32, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("B", "N", "M"), [(0, 5, 5), (2, 0, 3), (2, 3, 0)])
+def test_empty_tensors_give_zeros(B, N, M):
+    q, k, v, dout = inputs(B, N, M, 2, 16, torch.float32)
+    row_max = torch.zeros(B, 2, N)
+    bias = torch.zeros(1, 2, N, M)
+    grads = launch_attention_bwd(dout, q, k, v, dout, row_max, row_max, bias, None, 0, 0.25, False, True)
+    for grad, t in zip(grads, (q, k, v, bias), strict=True):
+        assert torch.equal(grad, torch.zeros_like(t))
+
+
+def test_scale_is_an_argument():
+    check(*inputs(1, 20, 20, 1, 16, torch.float32), scale=0.7)
+
+
+def test_both_forms_give_the_same_bits(monkeypatch):
+    tensors = inputs(2, 133, 133, 2, 64, torch.bfloat16)
+    results = []
+    for one_program in (True, False):
+        with monkeypatch.context() as m:
+            change_config(m, one_program=one_program)
+            results.append(launch(*tensors))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@BOTH_FORMS
+def test_results_are_bitwise_reproducible_in_any_order_of_programs(one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    *tensors, bias = *inputs(2, 70, 70, 2, 32, torch.bfloat16), normal(1, 2, 70, 70, dtype=torch.bfloat16)
+    first = launch(*tensors, bias, True)
+    with checking(order="shuffle"):
+        again = launch(*tensors, bias, True)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_tf32_is_used_only_where_it_is_allowed(monkeypatch):
+    tensors = inputs(1, 40, 40, 1, 32, torch.float32)
+    with checking(tf32=True):
+        exact, rounded = launch(*tensors), launch(*tensors, allow_tf32=True)
+    assert not torch.equal(exact[0], rounded[0])
+    oracle = gradients(*(t.double() for t in tensors))
+    for got, want in zip(exact, oracle, strict=False):
+        assert (got - want).norm() < 1e-6 * want.norm()
+
+
+# Strides.
+
+
+def test_dqkv_is_written_in_place_and_has_the_bits_of_the_three_gradients():
+    qkv, dout = normal(2, 70, 3, 2, 32, dtype=torch.bfloat16, std=1.7), normal(2, 70, 2, 32, dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(2)
+    left = statistics(q, k, v, None, 0.2)
+    dqkv, dbias = launch_attention_qkv_bwd(dout, qkv, *left, None, None, 0, 0.2, False, False)
+    separate = launch_attention_bwd(dout, q, k, v, *left, None, None, 0, 0.2, False, False)
+    assert dqkv.shape == qkv.shape
+    assert dqkv.is_contiguous()
+    assert dbias.numel() == 0
+    for packed, grad in zip(dqkv.unbind(2), separate, strict=False):
+        assert grad.is_contiguous()
+        assert torch.equal(packed, grad)
+
+
+STRIDED = {
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "odd row stride": lambda t: torch.nn.functional.pad(t, (0, 3))[..., : t.shape[-1]],
+    "channels strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "part of more tokens": lambda t: torch.nn.functional.pad(t, (0, 0, 0, 0, 1, 0))[:, 1:],
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+def test_any_strides_give_the_bits_of_contiguous_tensors(make):
+    tensors = inputs(2, 37, 41, 2, 24, torch.bfloat16)
+    for dense, strided in zip(launch(*tensors), launch(*map(make, tensors)), strict=True):
+        assert strided.is_contiguous()
+        assert torch.equal(dense, strided)
+
+
+def test_an_expanded_dout_is_read_as_it_is():
+    """The gradient of a sum over tokens."""
+    q, k, v, _ = inputs(2, 37, 41, 2, 24, torch.bfloat16)
+    dout = normal(2, 1, 2, 24, dtype=torch.bfloat16).expand(2, 37, 2, 24)
+    for a, b in zip(launch(q, k, v, dout), launch(q, k, v, dout.contiguous()), strict=True):
+        assert torch.equal(a, b)
+
+
+# Bias.
+
+BIASES = {
+    "relative positions (1, H, N, M)": lambda B, H, N, M: normal(1, H, N, M),
+    "images (B, 1, N, M)": lambda B, H, N, M: normal(B, 1, N, M),
+    "all (B, H, N, M)": lambda B, H, N, M: normal(B, H, N, M),
+    "keys (B, 1, 1, M)": lambda B, H, N, M: normal(B, 1, 1, M),
+    "keys of heads (H, 1, M)": lambda B, H, N, M: normal(H, 1, M),
+    "shared (N, M)": lambda B, H, N, M: normal(N, M),
+}
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("make", BIASES.values(), ids=BIASES)
+def test_bias_and_its_gradient_are_within_budget(make, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    check(*inputs(2, 65, 70, 2, 32, torch.bfloat16), make(2, 2, 65, 70).bfloat16(), need_dbias=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_bias_of_other_dtypes(dtype):
+    check(*inputs(2, 40, 40, 2, 32, dtype), normal(1, 2, 40, 40, dtype=dtype), need_dbias=True)
+
+
+def test_float32_bias_of_bfloat16_attention_gets_a_float32_gradient():
+    *tensors, bias = *inputs(2, 40, 40, 2, 32, torch.bfloat16), normal(1, 2, 40, 40)
+    dbias = launch(*tensors, bias, need_dbias=True)[3]
+    assert dbias.dtype == torch.float32
+    oracle = gradients(*(t.double() for t in tensors), bias.double(), True)[3]
+    eager = gradients(*tensors, bias, True)[3]
+    # To the precision of the bfloat16 inputs, since delta is made from a rounded out.
+    assert_within_budget("dbias", dbias.bfloat16(), eager.bfloat16(), oracle)
+
+
+def test_a_bias_in_its_own_strides_gives_the_bits_of_a_contiguous_one():
+    tensors, bias = inputs(2, 37, 41, 2, 16, torch.float32), normal(2, 41, 37)
+    strided = bias.transpose(1, 2)
+    for a, b in zip(launch(*tensors, strided, True), launch(*tensors, strided.contiguous(), True), strict=True):
+        assert torch.equal(a, b)
+    expanded = bias[:, :1, :1].expand(2, 37, 41)
+    for a, b in zip(launch(*tensors, expanded), launch(*tensors, expanded.contiguous()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_of_a_bias_that_all_keys_share_is_summed_over_them():
+    """It is sum(dout * out) - delta = 0 by the softmax; with zeros passed for out, delta is 0 and the sum shows."""
+    q, k, v, dout = inputs(2, 65, 70, 2, 32, torch.float32)
+    out, *left = statistics(q, k, v, None, 0.2)
+    bias = torch.zeros(2, 65, 1)
+    dbias = launch_attention_bwd(dout, q, k, v, torch.zeros_like(out), *left, bias, None, 0, 0.2, False, True)[3]
+    torch.testing.assert_close(dbias, (dout * out).sum((0, 3)).T[..., None], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 5, 1000])
+def test_gradient_of_a_shared_bias_on_chips_of_any_size(multiprocessors, monkeypatch):
+    """As many programs share the sum as fill the chip, each every num_programs-th term; a second kernel adds theirs."""
+    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: multiprocessors)
+    check(*inputs(3, 30, 70, 2, 16, torch.bfloat16), normal(30, 70, dtype=torch.bfloat16), need_dbias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float16).min, -torch.inf], ids=str)
+def test_masked_keys_get_no_gradient(masked, dtype):
+    q, k, v, dout = inputs(2, 65, 70, 2, 32, dtype)
+    bias = torch.zeros(2, 1, 1, 70, dtype=dtype)
+    bias[0, ..., 50:] = bias[1, ..., 1:] = masked
+    _, dk, dv, _ = check(q, k, v, dout, bias)
+    for grad in (dk, dv):
+        assert not grad[0, 50:].any()
+        assert not grad[1, 1:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_finfo_min_alone_attend_to_all_keys_equally(dtype):
+    """timm's NaFlex masks: the logits vanish beside finfo.min, out is mean(v), and lse alone would forget log(M)."""
+    q, k, v, dout = inputs(1, 20, 70, 1, 16, dtype)
+    bias = torch.zeros(1, 1, 20, 70, dtype=dtype)
+    bias[..., 3:, :] = torch.finfo(dtype).min
+    if dtype == torch.float16:  # whose finfo.min, -65504, leaves the logits some bits: eager's business, not a mean
+        check(q, k, v, dout, bias)
+        return
+    dq, dk, dv, _ = launch(q, k, v, dout, bias)
+    assert all(torch.isfinite(t).all() for t in (dq, dk, dv))
+    dout[:, :3] = 0.0
+    dv = launch(q, k, v, dout, bias)[2]
+    mean = (dout.double().sum(1, keepdim=True) / 70).expand_as(dv)
+    torch.testing.assert_close(dv.double(), mean, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_minus_infinity_alone_get_and_give_no_gradient(dtype):
+    q, k, v, dout = inputs(1, 20, 70, 1, 16, dtype)
+    bias = torch.zeros(1, 1, 20, 70, dtype=dtype)
+    bias[..., 3:, :] = -torch.inf
+    dq, dk, dv, dbias = launch(q, k, v, dout, bias, need_dbias=True)
+    assert not dq[:, 3:].any()
+    assert not dbias[..., 3:, :].any()
+    alone = launch(q[:, :3], k, v, dout[:, :3], bias[..., :3, :])
+    for got, want in zip((dq[:, :3], dk, dv), alone, strict=False):
+        torch.testing.assert_close(got, want)
+
+
+# Packed sequences.
+
+
+def check_packed(lengths, H, Dh, dtype):
+    """Each sequence gets the gradients that it gets alone."""
+    total, ends = sum(lengths), list(itertools.accumulate(lengths, initial=0))
+    qkv, dout = normal(total, 3, H, Dh, dtype=dtype, std=1.7), normal(total, H, Dh, dtype=dtype)
+    out, row_max, log_sum = torch.zeros(total, H, Dh, dtype=dtype), torch.zeros(H, total), torch.zeros(H, total)
+    spans = [(a, b) for a, b in itertools.pairwise(ends) if a < b]
+    for a, b in spans:
+        left = statistics(*qkv[None, a:b].unbind(2), None, Dh**-0.5)
+        out[a:b], row_max[:, a:b], log_sum[:, a:b] = (t[0] for t in left)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    left = (out, row_max, log_sum, None, cu_seqlens, 0, Dh**-0.5, False, False)
+    dqkv, dbias = launch_attention_qkv_bwd(dout, qkv, *left)
+    assert dqkv.shape == qkv.shape
+    assert dbias.numel() == 0
+    assert not torch.isnan(dqkv).any()
+    for packed, grad in zip(dqkv.unbind(1), launch_attention_bwd(dout, *qkv.unbind(1), *left), strict=False):
+        assert torch.equal(packed, grad)
+    for a, b in spans:
+        image = [t[None, a:b] for t in (*qkv.unbind(1), dout)]
+        eager, oracle = gradients(*image), gradients(*(t.double() for t in image))
+        for i, name in enumerate(("dq", "dk", "dv")):
+            assert_within_budget(name, dqkv[None, a:b, i], eager[i], oracle[i])
+
+
+@pytest.mark.parametrize("lengths", [[5], [64, 1, 0, 70], [0, 3, 0], [128, 64], [0, 0]], ids=str)
+def test_packed_sequences_get_the_gradients_of_each_alone(lengths):
+    check_packed(lengths, 2, 32, torch.bfloat16)
+
+
+def test_more_packed_sequences_than_one_load_of_their_ends():
+    check_packed([2, *[0] * 260, 3], 1, 16, torch.float32)
+
+
+# What the compiler makes of it.
+
+
+@pytest.mark.parametrize("N", [197, 257, 577])
+def test_at_least_70_percent_of_the_tensor_core_work_is_useful(N, monkeypatch):
+    """Shapes of the products as they are launched, against the 7 products of N x N x Dh that two sweeps need."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter records the products")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot, issued = InterpreterBuilder.create_dot, []
+
+    def recorded(self, a, b, *rest):
+        issued.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", recorded)
+    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: 1)
+    launch(*inputs(1, N, N, 2, 64, torch.bfloat16))
+    assert 0.70 <= 7 * N * N * 64 * 2 / sum(issued) <= 1.0
+
+
+COMPILE = """
+import dataclasses, json, sys
+from types import SimpleNamespace
+import torch
+from vitkernels.kernels import _aot, attention_backward
+
+rows = []
+for arch in json.loads(sys.argv[2]):
+    with _aot.dry_run(arch) as compiled:
+        for N, Dh in json.loads(sys.argv[1]):
+            shape = SimpleNamespace(tokens=N, width=12 * Dh, num_heads=12, train_batch=64)
+            for name, launch in attention_backward.aot_launches(shape):
+                if "fp32" not in name:
+                    launch()
+                    rows += [{"config": name, **dataclasses.asdict(_aot.read(k, arch))} for k in compiled]
+                compiled.clear()
+json.dump(rows, sys.stdout)
+"""
+
+
+def check_compiled(archs, shapes, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(tmp_path))}
+    command = [sys.executable, "-c", COMPILE, json.dumps(shapes), json.dumps(archs)]
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert {row["arch"] for row in rows} == set(archs)
+    for row in rows:
+        what = (row["arch"], row["config"], row["kernel"], row["constants"])
+        assert row["spill_bytes"] == row["spill_load_bytes"] == 0, what
+        assert row["shared_bytes"] <= row["shared_limit"], what
+        assert row["blocks_per_sm"] >= 1, what
+        assert not row["has_dot"] or row["mma"][{90: "HGMMA", 100: "tcgen05"}.get(row["arch"], "HMMA")] > 0, what
+        assert row["arch"] != 90 or row["mma"]["HMMA"] == 0, what
+
+
+def test_compiled_kernels_do_not_spill_and_all_products_are_hgmma_on_hopper(tmp_path):
+    check_compiled([90], [(197, 64)], tmp_path)
+
+
+@pytest.mark.slow
+def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
+    check_compiled([80, 90, 100, 120], [(N, Dh) for N in (197, 577) for Dh in HEAD_DIMS], tmp_path)
+
+
+# The whole grid of DESIGN section 6.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "bias", "key mask", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize("N", LENGTHS)
+def test_the_whole_grid_is_within_budget(N, Dh, dtype, kind):
+    if N > 257 and Dh not in (64, 72, 128):
+        pytest.skip("three head dims for the long ones")
+    check_kind(1, N, 1, Dh, dtype, kind)
+
+
+def check_kind(B, N, H, Dh, dtype, kind):
+    if kind == "packed":
+        return check_packed([N, 3, N // 2], H, Dh, dtype)
+    bias = None
+    if kind == "bias":
+        bias = normal(1, H, N, N, dtype=dtype)
+    elif kind == "key mask":
+        bias = torch.zeros(B, 1, 1, N, dtype=dtype)
+        bias[..., (N + 1) // 2 :] = torch.finfo(dtype).min
+    return check(*inputs(B, N, N, H, Dh, dtype), bias, need_dbias=kind == "bias" and N > 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "bias", "key mask", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize("N", LENGTHS)
+def test_the_whole_grid_at_full_size_on_a_gpu(N, Dh, dtype, kind):
+    check_kind(4, N, 6, Dh, dtype, kind)
+
+
+@pytest.mark.gpu
+def test_200_repetitions_give_the_same_bits_on_a_gpu():
+    tensors = inputs(32, 197, 197, 12, 64, torch.bfloat16)
+    first = launch(*tensors)
+    for _ in range(199):
+        assert all(torch.equal(a, b) for a, b in zip(first, launch(*tensors), strict=True))

@@ -1,0 +1,356 @@
+"""The attention kernels through the public functions, forward and backward, against the float64 reference."""
+
+import interpreter
+import pytest
+import torch
+from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, assert_within_budget, outputs_and_gradients
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import vitkernels as vk
+from vitkernels.kernels import _recorder
+from vitkernels.kernels import attention as kernels
+
+pytestmark = KERNEL_TESTS
+bf16 = torch.bfloat16
+LENGTHS = (1, 2, 63, 64, 65, 196, 197, 256, 257, 576, 577, 1370)
+HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
+
+
+def kernel(*args, **kwargs):
+    with vk.backend("fused"):
+        return (vk.ops.attention_qkv if args[0].dim() == 5 or "cu_seqlens" in kwargs else vk.ops.attention)(*args, **kwargs)
+
+
+def draw(*shape, dtype=torch.float32, std=1.0):
+    return (std * torch.randn(shape)).to(dtype)
+
+
+def packed_qkv(B, N, H, Dh, dtype=torch.float32):
+    """Queries of std 3: so are the logits, and the softmax has peaks."""
+    qkv = torch.randn(B, N, 3, H, Dh)
+    qkv[:, :, 0] *= 3
+    return qkv.to(dtype)
+
+
+def check_qkv(B, N, H, Dh, dtype, bias=None, **options):
+    """Outputs and gradients. Of a float32 bias not the gradient: PyTorch then keeps p from its forward, and whoever computes
+    logits of 10 again, as its own fused kernels do and ours, is off by more than twice its error (test_attention_backward.py
+    has that gradient).
+    """
+    fixed = bias if dtype == torch.float32 else None
+    inputs = [packed_qkv(B, N, H, Dh, dtype), None if fixed is not None else bias]
+
+    def call(attention, qkv, bias):
+        bias = fixed.to(qkv.dtype) if fixed is not None else bias
+        return attention(qkv, bias=bias, **options)
+
+    assert_matches_reference(
+        lambda *a: call(kernel, *a), lambda *a: call(vk.reference.attention_qkv, *a), inputs, [draw(B, N, H, Dh)]
+    )
+
+
+BIASES = {
+    "no bias": lambda B, H, N, M, dtype: None,
+    "bias": lambda B, H, N, M, dtype: draw(1, H, N, M, dtype=dtype),
+    "key mask": lambda B, H, N, M, dtype: torch.zeros(B, 1, 1, M, dtype=dtype).masked_fill_(torch.rand(B, 1, 1, M) < 0.3, -1e4),
+}
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """The kernel of chips whose products do not read shared memory, at lengths where this one keeps K and V resident."""
+    monkeypatch.setattr(kernels, "architecture", lambda device: 80)
+
+
+@pytest.mark.parametrize("N", [1, 2, 63, 64, 65, 196, 197, 256, 257])
+def test_lengths(N):
+    check_qkv(1, N, 2, 64, bf16)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, *HEAD_DIMS, 200, 256])
+def test_head_dims(head_dim):
+    check_qkv(1, 65, 1, head_dim, bf16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", BIASES)
+def test_dtypes_and_biases(bias, dtype):
+    check_qkv(2, 70, 2, 72, dtype, BIASES[bias](2, 2, 70, 70, dtype))
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(("N", "head_dim"), [(197, 64), (577, 72)])
+def test_streamed_keys(streaming, N, head_dim, bias):
+    check_qkv(1, N, 1, head_dim, bf16, BIASES[bias](1, 1, N, N, bf16))
+
+
+def test_streamed_head_dims(streaming):
+    for head_dim in (7, 104, 128, 256):
+        check_qkv(1, 70, 1, head_dim, torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("N", LENGTHS[:-3])
+def test_grid(N, head_dim, bias, dtype):
+    check_qkv(1, N, 1, head_dim, dtype, BIASES[bias](1, 1, N, N, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("N", LENGTHS)
+def test_grid_on_a_gpu_at_full_size(N, head_dim, bias, dtype):
+    check_qkv(2, N, 4, head_dim, dtype, BIASES[bias](2, 4, N, N, dtype))
+
+
+@pytest.mark.gpu
+def test_200_repetitions_are_bitwise_equal_on_a_gpu():
+    qkv, dout = packed_qkv(8, 197, 12, 64, bf16), draw(8, 197, 12, 64)
+    first = outputs_and_gradients(kernel, [qkv], [dout])
+    for _ in range(200):
+        again = outputs_and_gradients(kernel, [qkv], [dout])
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@pytest.mark.gpu
+def test_more_heads_than_65535_on_a_gpu():
+    qkv = packed_qkv(70000, 5, 1, 16, bf16)
+    assert_within_budget("out", kernel(qkv), vk.reference.attention_qkv(qkv), vk.reference.attention_qkv(qkv.double()))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 257), (70, 50), (50, 130)])
+@pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
+def test_queries_and_keys_of_different_number(queries, keys, dtype):
+    inputs = [draw(3, queries, 2, 48, dtype=dtype, std=3.0), *(draw(3, keys, 2, 48, dtype=dtype) for _ in range(2))]
+    assert_matches_reference(kernel, vk.reference.attention, inputs, [draw(3, queries, 2, 48)])
+
+
+@pytest.mark.parametrize("lengths", [[130, 0, 5, 197, 1], [64], [0], []])
+@pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
+def test_packed_images(lengths, dtype):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    qkv, dout = packed_qkv(1, sum(lengths), 2, 32, dtype)[0], draw(sum(lengths), 2, 32)
+    assert_matches_reference(
+        lambda x: kernel(x, cu_seqlens=cu_seqlens),
+        lambda x: vk.reference.attention_qkv(x, cu_seqlens=cu_seqlens),
+        [qkv],
+        [dout],
+    )
+
+
+def test_more_packed_images_than_one_load_of_lengths():
+    lengths = torch.randint(0, 3, (600,))
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    qkv = packed_qkv(1, int(lengths.sum()), 1, 16, bf16)[0]
+    with interpreter.checking(races=False):
+        out = kernel(qkv, cu_seqlens=cu_seqlens)
+    expected = vk.reference.attention_qkv(qkv.double(), cu_seqlens=cu_seqlens)
+    assert_within_budget("out", out, vk.reference.attention_qkv(qkv, cu_seqlens=cu_seqlens), expected)
+
+
+def test_launching_packed_images_reads_no_length_back():
+    """On ``meta`` tensors any look at a value raises."""
+    q, k, v = torch.empty(300, 3, 2, 16, device="meta").unbind(1)
+    launched = []
+    with _recorder.recording(lambda name, *_: launched.append(name)):
+        kernels.launch_attention_fwd(q, k, v, None, torch.empty(5, dtype=torch.int32, device="meta"), 0, 1.0, False)
+    assert launched == ["_attention_stream_fwd_kernel"]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (0, 0)])
+def test_no_image_or_no_token(shape):
+    results = outputs_and_gradients(kernel, [packed_qkv(*shape, 2, 16)], [draw(*shape, 2, 16)])
+    assert results["output 0"].shape == (*shape, 2, 16)
+    assert results["gradient of input 0"].shape == (*shape, 3, 2, 16)
+
+
+@pytest.mark.parametrize("N", [50, 333])
+@pytest.mark.parametrize("shape", ["rows", "keys"])
+def test_rows_masked_by_minus_infinity_give_zeros_and_zero_gradients(N, shape):
+    bias = torch.zeros(1, 1, N, N)
+    bias[..., : N // 2] = -torch.inf  # whole blocks of keys
+    bias[:, :, 2] = -torch.inf
+    bias = bias[:, :, 2:3] if shape == "keys" else bias
+    qkv = packed_qkv(1, N, 1, 16).requires_grad_()
+    out = kernel(qkv, bias=bias)
+    out.sum().backward()
+    assert not out[:, 2].any()
+    assert not qkv.grad[:, 2, 0].any()
+    assert not qkv.grad[:, : N // 2, 1:].any()
+    assert torch.isfinite(qkv.grad).all()
+    if shape == "keys":
+        assert not out.any()
+    else:
+        oracle = vk.reference.attention_qkv(qkv.detach().double(), bias=bias.double())
+        assert_within_budget("out", out.detach(), vk.reference.attention_qkv(qkv.detach(), bias=bias), oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [50, 333])
+def test_a_row_masked_by_finfo_min_is_softmax_of_what_the_addition_leaves(N, dtype):
+    """That is the mean of v, as in timm, where finfo.min swallows the logits (not in float16).
+
+    Judged beside the formula: on a CPU scaled_dot_product_attention sums 1 / N as 1 in dv, since its one number for a row,
+    finfo.min + log(N), is finfo.min. Only out and dv, since dq and dk of such rows are rounding noise.
+    """
+    bias = torch.zeros(1, 1, N, N, dtype=dtype)
+    bias[..., N // 3 :] = torch.finfo(dtype).min
+    bias[:, :, 2] = torch.finfo(dtype).min
+    qkv = packed_qkv(1, N, 1, 16, dtype)
+
+    def run(qkv, attention):
+        leaf = qkv.clone().requires_grad_()
+        out = attention(leaf, bias=bias.to(qkv.dtype))
+        out.sum().backward()
+        return out.detach(), leaf.grad[:, :, 2]
+
+    def formula(qkv, bias):
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, Dh) each
+        s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+        return (s.softmax(-1) @ v).transpose(1, 2)
+
+    eager, oracle = run(qkv, formula), run(qkv.double(), formula)
+    for name, ours, theirs, exact in zip(("out", "dv"), run(qkv, kernel), eager, oracle, strict=True):
+        assert_within_budget(name, ours, theirs, exact)
+    if dtype != torch.float16:
+        mean = qkv[0, :, 2].double().mean(0)
+        torch.testing.assert_close(run(qkv, kernel)[0][0, 2].double(), mean, atol=1e-2, rtol=1e-2)
+
+
+def test_bool_masks_and_small_bias_shapes():
+    for shape in [(40, 40), (2, 1, 1, 40), (3, 40, 40), (40,)]:
+        check_qkv(2, 40, 3, 16, torch.float32, draw(*shape))
+    keep = torch.rand(2, 1, 40, 40) > 0.4
+    qkv = packed_qkv(2, 40, 3, 16)
+    expected = vk.reference.attention_qkv(qkv.double(), bias=keep)
+    assert_within_budget("out", kernel(qkv, bias=keep), vk.reference.attention_qkv(qkv, bias=keep), expected)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.05, 0.5])
+def test_any_scale(scale):
+    check_qkv(1, 70, 1, 32, torch.float32, scale=scale)
+    check_qkv(1, 70, 1, 32, bf16, draw(1, 1, 70, 70, dtype=bf16), scale=scale)
+
+
+LAYOUTS = {
+    "packed": lambda: torch.randn(2, 70, 3, 2, 24).unbind(2),
+    "heads first": lambda: tuple(torch.randn(2, 2, 70, 24).transpose(1, 2) for _ in range(3)),
+    "batch second": lambda: tuple(torch.randn(70, 2, 2, 24).transpose(0, 1) for _ in range(3)),
+    "odd strides": lambda: tuple(torch.randn(2, 70, 2, 25)[..., :24] for _ in range(3)),
+    "channels strided": lambda: tuple(torch.randn(2, 70, 24, 2).transpose(2, 3) for _ in range(3)),
+    "shared key": lambda: (torch.randn(2, 70, 2, 24), *(torch.randn(2, 70, 1, 24).expand(-1, -1, 2, -1) for _ in range(2))),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_give_the_bits_of_contiguous_inputs(layout):
+    q, k, v = LAYOUTS[layout]()
+    assert torch.equal(kernel(q, k, v), kernel(q.contiguous(), k.contiguous(), v.contiguous()))
+
+
+def test_results_depend_neither_on_the_run_nor_on_the_order_of_programs():
+    qkv, dout = packed_qkv(2, 197, 2, 64, bf16), draw(2, 197, 2, 64)
+    first = outputs_and_gradients(kernel, [qkv], [dout])
+    with interpreter.checking(order="shuffle"):
+        again = outputs_and_gradients(kernel, [qkv], [dout])
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    alone = outputs_and_gradients(kernel, [qkv[:1]], [dout[:1]])  # another number of query tiles a program
+    assert torch.equal(alone["output 0"], first["output 0"][:1])
+
+
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    batch=st.integers(0, 2),
+    queries=st.integers(1, 90),
+    keys=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.sampled_from(list(BIASES)),
+    order=st.permutations([0, 1, 2]),
+    arch=st.sampled_from([80, 90]),
+)
+def test_random_shapes_and_strides(batch, queries, keys, heads, head_dim, dtype, bias, order, arch):
+    def strided(n):
+        sizes = (batch, n, heads)
+        return torch.randn(*(sizes[i] for i in order), head_dim).permute(*(order.index(i) for i in range(3)), 3).to(dtype)
+
+    q, k, v = 3 * strided(queries), strided(keys), strided(keys)
+    bias = BIASES[bias](batch, heads, queries, keys, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "architecture", lambda device: arch)
+        out = kernel(q, k, v, bias=bias)
+    eager = vk.reference.attention(q, k, v, bias=bias)
+    exact = (None if t is None else t.double() for t in (q, k, v, bias))
+    *qkv, bias = exact
+    assert_within_budget("out", out, eager, vk.reference.attention(*qkv, bias=bias))
+
+
+# Size of a launch.
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("N", "head_dim", "least"), [(197, 64, 0.70), (257, 64, 0.70), (257, 80, 0.70), (256, 72, 0.85), (577, 64, 0.85)]
+)
+def test_most_of_the_multiplied_tiles_is_useful(monkeypatch, arch, N, head_dim, least):
+    """Counted from the products that the programs of the grid took, padding of queries, keys and channels included."""
+    monkeypatch.setattr(kernels, "architecture", lambda device: arch)
+    with interpreter.record_dots() as dots, interpreter.checking(races=False):
+        kernel(packed_qkv(1, N, 1, head_dim, bf16))
+    useful = 2 * N * N * head_dim / sum(rows * columns * inner for rows, columns, inner in dots)
+    assert least <= useful <= 1, useful
+
+
+class _Grid:
+    """Stands for a kernel and keeps the grids that it is launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize(("name", "N"), [("_attention_fwd_kernel", 197), ("_attention_stream_fwd_kernel", 577)])
+def test_any_number_of_images_and_heads_fits_the_grid(monkeypatch, name, N):
+    """Axes after the first hold 65,535 programs."""
+    monkeypatch.setattr(kernels, name, stub := _Grid())
+    q, k, v = torch.empty(9000, N, 3, 16, 64, dtype=bf16, device="meta").unbind(2)
+    kernels.launch_attention_fwd(q, k, v, None, None, 0, 1.0, False)
+    ((programs,),) = stub.grids
+    assert programs >= 9000 * 16
+
+
+def test_offsets_beyond_32_bits(monkeypatch, tmp_path):
+    """Images, heads and rows that lie over 2^31 elements apart, in a file that is all hole but for what is written here."""
+
+    class Unchecked:
+        def __init__(self, tensors):
+            self.spans = []
+
+    monkeypatch.setattr(interpreter, "_Memory", Unchecked)  # it would keep a byte map of 5 GB
+    file = tmp_path / "sparse"
+    file.touch()
+    elements = 2**31 + 2**30
+    file_backed = torch.from_file(str(file), shared=True, size=elements, dtype=bf16)
+    shapes = {
+        "images": ((2, 3, 1, 16), (2**31 + 8, 16, 16, 1)),
+        "heads": ((1, 3, 2, 16), (0, 16, 2**31 + 8, 1)),
+        "rows": ((1, 300, 1, 16), (0, 2**23, 16, 1)),
+    }
+    with interpreter.checking(bounds=False, races=False):
+        for name, (size, stride) in shapes.items():
+            far = file_backed.as_strided(size, stride)
+            near = draw(*size, dtype=bf16)
+            far.copy_(near)
+            for arch in (80, 90):
+                monkeypatch.setattr(kernels, "architecture", lambda device, arch=arch: arch)
+                out = kernel(far, far, far)
+                assert torch.equal(out, kernel(near, near, near)), (name, arch)

@@ -1,0 +1,629 @@
+"""Softmax attention, forward. Equation numbers are those of ``reference/attention.py``; backward: ``attention_backward.py``.
+
+Bytes and floor, s bytes an element, everything but q, k, v and o below 2%:
+
+    forward   4 B N H Dh s bytes, 4 B H N M Dh FLOPs: N / s FLOPs a byte for N = M
+
+ViT-B/16 at B = 256 in bfloat16 on an H200 (4.3 TB/s, 790 TFLOP/s) needs 72 us for its bytes and 31 us for its products:
+device memory is the floor up to N of about 370. So K and V are read from it once. Where the logits of 64 queries and all keys
+fit in registers (up to 257 keys and a little more), one program takes many query tiles of a head: K and V stay in shared
+memory, and the maximum is known before the first exponential (no online rescaling). More keys are streamed.
+
+Tensor cores multiply tiles of powers of two, and what is padded is wasted: 197 keys are 128 + 64 + 16 (95% useful, not 77%),
+a head dim of 72 or 80 is 64 + 16. Only the last key block has masks.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import architecture, multiprocessors
+
+if TYPE_CHECKING:
+    from ._aot import Shape
+
+# The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
+WRITES = {
+    "_attention_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
+    "_attention_stream_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
+}
+
+# Chips (compute capability / 10) whose products read shared memory: elsewhere a resident K and V would fill the registers.
+_READS_SHARED = (9, 10)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# Rows of Dh channels are kept in up to three parts of D0, D1, D2 columns, all powers of two; 0 is no part. An absent part of a
+# load is the first one again, an absent accumulator is 16 columns that never change: the compiler drops both.
+
+
+@triton.jit
+def _row(ptr, row, stride):
+    # int64, since B*N*3*D can pass 2^31. Within a tile offsets are int32, which saves 20 registers.
+    return ptr + tl.cast(row, tl.int64) * stride
+
+
+@triton.jit
+def _load_part(ptr, row_offsets, row_mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, DH: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    pointers = ptr + row_offsets[:, None] + cols[None, :]
+    if FIRST + WIDTH <= DH:
+        if row_mask is None:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=row_mask[:, None], other=0.0)
+    elif row_mask is None:
+        return tl.load(pointers, mask=(cols < DH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers, mask=row_mask[:, None] & (cols < DH)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_rows(
+    ptr, row_stride, row_mask, ROWS: tl.constexpr, DH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    offsets = tl.arange(0, ROWS) * row_stride
+    first = _load_part(ptr, offsets, row_mask, 0, D0, DH)
+    second = first
+    third = first
+    if D1 > 0:
+        second = _load_part(ptr, offsets, row_mask, D0, D1, DH)
+    if D2 > 0:
+        third = _load_part(ptr, offsets, row_mask, D0 + D1, D2, DH)
+    return first, second, third
+
+
+@triton.jit
+def _logits(q0, q1, q2, k0, k1, k2, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    if D2 > 0:
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _accumulate(p, v0, v1, v2, o0, o1, o2, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
+    p = p.to(v0.dtype)
+    o0 = tl.dot(p, v0, o0, input_precision=PRECISION)  # eq. (3)
+    if D1 > 0:
+        o1 = tl.dot(p, v1, o1, input_precision=PRECISION)
+    if D2 > 0:
+        o2 = tl.dot(p, v2, o2, input_precision=PRECISION)
+    return o0, o1, o2
+
+
+@triton.jit
+def _biased(
+    s, scale, bias_ptr, bias_row_stride, bias_key_stride, first_row, first_key, num_rows, num_keys,
+    MASKED: tl.constexpr, NATURAL: tl.constexpr, KEY_ONLY: tl.constexpr,
+):  # fmt: skip
+    # Natural units where there is a bias: in units of log 2, finfo.min would become -inf. Without one the scale waits for
+    # the exponential, where it is free.
+    rows = tl.arange(0, s.shape[0])
+    cols = tl.arange(0, s.shape[1])
+    if NATURAL:
+        s = s * scale
+    if bias_ptr is not None:  # eq. (1)
+        bias_ptr = _row(bias_ptr, first_key, bias_key_stride)
+        if KEY_ONLY:
+            if MASKED:
+                bias = tl.load(bias_ptr + cols * bias_key_stride, mask=first_key + cols < num_keys, other=0.0)
+            else:
+                bias = tl.load(bias_ptr + cols * bias_key_stride)
+            s += bias.to(tl.float32)[None, :]
+        else:
+            pointers = _row(bias_ptr, first_row, bias_row_stride) + rows[:, None] * bias_row_stride
+            mask = (first_row + rows < num_rows)[:, None]
+            if MASKED:
+                mask = mask & (first_key + cols < num_keys)[None, :]
+            s += tl.load(pointers + cols[None, :] * bias_key_stride, mask=mask, other=0.0).to(tl.float32)
+    if MASKED:
+        s = tl.where((first_key + cols < num_keys)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _exponentials(s, row_max, scale, NATURAL: tl.constexpr):
+    if NATURAL:
+        return tl.exp2((s - row_max[:, None]) * LOG2E)
+    return tl.exp2(s * (scale * LOG2E) - (row_max * (scale * LOG2E))[:, None])
+
+
+@triton.jit
+def _update(
+    row_max, row_sum, o0, o1, o2, s, v0, v1, v2, scale,
+    MAY_BE_EMPTY: tl.constexpr, NATURAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take in one more block of keys: rescale what was summed under a smaller maximum."""
+    new_max = tl.maximum(row_max, tl.max(s, axis=1))
+    finite_max = new_max
+    if MAY_BE_EMPTY:  # a bias may have masked every key so far
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2((row_max - finite_max) * (LOG2E if NATURAL else scale * LOG2E))
+    p = _exponentials(s, finite_max, scale, NATURAL)
+    row_sum = row_sum * rescale + tl.sum(p, axis=1)
+    o0 = o0 * rescale[:, None]
+    if D1 > 0:
+        o1 = o1 * rescale[:, None]
+    if D2 > 0:
+        o2 = o2 * rescale[:, None]
+    o0, o1, o2 = _accumulate(p, v0, v1, v2, o0, o1, o2, D1, D2, PRECISION)
+    return new_max, row_sum, o0, o1, o2
+
+
+@triton.jit
+def _store_part(ptr, row_offsets, row_mask, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DH: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = row_mask[:, None]
+    if FIRST + WIDTH > DH:
+        mask = mask & (cols < DH)[None, :]
+    tl.store(ptr + row_offsets[:, None] + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(
+    out_ptr, row_max_ptr, log_sum_ptr, first_row, num_rows, row_stride, row_max, row_sum, o0, o1, o2, scale,
+    NATURAL: tl.constexpr, DH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    # A row of -inf alone has the sum 0: its logarithm is stored as +inf, so that backward finds p = 0 too.
+    inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
+    log_sum = tl.where(row_sum > 0.0, tl.log(row_sum), float("inf"))
+    rows = tl.arange(0, o0.shape[0])
+    mask = first_row + rows < num_rows
+    out_ptr = _row(out_ptr, first_row, row_stride)
+    offsets = rows * row_stride
+    _store_part(out_ptr, offsets, mask, o0 * inverse[:, None], 0, D0, DH)
+    if D1 > 0:
+        _store_part(out_ptr, offsets, mask, o1 * inverse[:, None], D0, D1, DH)
+    if D2 > 0:
+        _store_part(out_ptr, offsets, mask, o2 * inverse[:, None], D0 + D1, D2, DH)
+    if not NATURAL:
+        row_max = row_max * scale
+    tl.store(row_max_ptr + first_row + rows, row_max, mask=mask)
+    tl.store(log_sum_ptr + first_row + rows, log_sum, mask=mask)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_splits,
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_key_stride,
+    scale,
+    UNIT: tl.constexpr,
+    NATURAL: tl.constexpr,
+    KEY_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DH: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS0: tl.constexpr,
+    KEYS1: tl.constexpr,
+    KEYS2: tl.constexpr,
+    LAST_MASKED: tl.constexpr,
+    ONLINE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """All keys at once, in up to three blocks (KEYS1 and KEYS2 may be 0); only the last one has masks."""
+    # One axis, since only the first passes 65,535; programs of one head are neighbours, so that its K and V are in L2.
+    program = tl.program_id(0)
+    split = program % num_splits
+    image = (program // num_splits // num_heads).to(tl.int64)
+    head = (program // num_splits % num_heads).to(tl.int64)
+    q_ptr += (image * q_batch_stride + head * q_head_stride) * UNIT
+    k_ptr += (image * k_batch_stride + head * k_head_stride) * UNIT
+    v_ptr += (image * v_batch_stride + head * v_head_stride) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += image * bias_batch_stride + head * bias_head_stride
+    out_ptr += (image * num_queries * num_heads + head) * DH
+    row_max_ptr += (image * num_heads + head) * num_queries
+    log_sum_ptr += (image * num_heads + head) * num_queries
+
+    MASKED0: tl.constexpr = LAST_MASKED and KEYS1 == 0
+    MASKED1: tl.constexpr = LAST_MASKED and KEYS1 > 0 and KEYS2 == 0
+    MASKED2: tl.constexpr = LAST_MASKED and KEYS2 > 0
+    k_row_stride = k_row_stride * UNIT
+    v_row_stride = v_row_stride * UNIT
+    mask0 = tl.arange(0, KEYS0) < num_keys if MASKED0 else None
+    ka0, ka1, ka2 = _load_rows(k_ptr, k_row_stride, mask0, KEYS0, DH, D0, D1, D2)
+    va0, va1, va2 = _load_rows(v_ptr, v_row_stride, mask0, KEYS0, DH, D0, D1, D2)
+    if KEYS1 > 0:
+        mask1 = KEYS0 + tl.arange(0, KEYS1) < num_keys if MASKED1 else None
+        kb0, kb1, kb2 = _load_rows(_row(k_ptr, KEYS0, k_row_stride), k_row_stride, mask1, KEYS1, DH, D0, D1, D2)
+        vb0, vb1, vb2 = _load_rows(_row(v_ptr, KEYS0, v_row_stride), v_row_stride, mask1, KEYS1, DH, D0, D1, D2)
+    if KEYS2 > 0:
+        mask2 = KEYS0 + KEYS1 + tl.arange(0, KEYS2) < num_keys if MASKED2 else None
+        kc0, kc1, kc2 = _load_rows(_row(k_ptr, KEYS0 + KEYS1, k_row_stride), k_row_stride, mask2, KEYS2, DH, D0, D1, D2)
+        vc0, vc1, vc2 = _load_rows(_row(v_ptr, KEYS0 + KEYS1, v_row_stride), v_row_stride, mask2, KEYS2, DH, D0, D1, D2)
+
+    first = split * TILES
+    # K and V go to shared memory before the loop and stay there. LLVM must not hoist the 25 to 50 descriptors of the
+    # products' operands as well: at 257 keys of 80 channels they would spill 100 bytes a thread.
+    for tile in tl.range(first, tl.minimum(first + TILES, tl.cdiv(num_queries, BLOCK_M)), num_stages=1, disable_licm=True):
+        row = tile * BLOCK_M
+        q_mask = row + tl.arange(0, BLOCK_M) < num_queries
+        q0, q1, q2 = _load_rows(_row(q_ptr, row, q_row_stride * UNIT), q_row_stride * UNIT, q_mask, BLOCK_M, DH, D0, D1, D2)
+        o0 = tl.zeros((BLOCK_M, D0), tl.float32)
+        o1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), tl.float32)
+        o2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else 16), tl.float32)
+        sa = _logits(q0, q1, q2, ka0, ka1, ka2, D1, D2, PRECISION)
+        sa = _biased(
+            sa, scale, bias_ptr, bias_row_stride, bias_key_stride, row, 0, num_queries, num_keys,
+            MASKED0, NATURAL, KEY_ONLY,
+        )  # fmt: skip
+        if ONLINE:
+            row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            row_sum = tl.zeros((BLOCK_M,), tl.float32)
+            row_max, row_sum, o0, o1, o2 = _update(
+                row_max, row_sum, o0, o1, o2, sa, va0, va1, va2, scale, bias_ptr is not None, NATURAL, D1, D2, PRECISION
+            )
+        if KEYS1 > 0:
+            sb = _logits(q0, q1, q2, kb0, kb1, kb2, D1, D2, PRECISION)
+            sb = _biased(
+                sb, scale, bias_ptr, bias_row_stride, bias_key_stride, row, KEYS0, num_queries, num_keys,
+                MASKED1, NATURAL, KEY_ONLY,
+            )  # fmt: skip
+            if ONLINE:
+                row_max, row_sum, o0, o1, o2 = _update(
+                    row_max, row_sum, o0, o1, o2, sb, vb0, vb1, vb2, scale, bias_ptr is not None, NATURAL, D1, D2, PRECISION
+                )
+        if KEYS2 > 0:
+            sc = _logits(q0, q1, q2, kc0, kc1, kc2, D1, D2, PRECISION)
+            sc = _biased(
+                sc, scale, bias_ptr, bias_row_stride, bias_key_stride, row, KEYS0 + KEYS1, num_queries, num_keys,
+                MASKED2, NATURAL, KEY_ONLY,
+            )  # fmt: skip
+            if ONLINE:
+                row_max, row_sum, o0, o1, o2 = _update(
+                    row_max, row_sum, o0, o1, o2, sc, vc0, vc1, vc2, scale, bias_ptr is not None, NATURAL, D1, D2, PRECISION
+                )
+        if not ONLINE:
+            row_max = tl.max(sa, axis=1)
+            if KEYS1 > 0:
+                row_max = tl.maximum(row_max, tl.max(sb, axis=1))
+            if KEYS2 > 0:
+                row_max = tl.maximum(row_max, tl.max(sc, axis=1))
+            if bias_ptr is not None:
+                row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+            p = _exponentials(sa, row_max, scale, NATURAL)
+            row_sum = tl.sum(p, axis=1)
+            o0, o1, o2 = _accumulate(p, va0, va1, va2, o0, o1, o2, D1, D2, PRECISION)
+            if KEYS1 > 0:
+                p = _exponentials(sb, row_max, scale, NATURAL)
+                row_sum += tl.sum(p, axis=1)
+                o0, o1, o2 = _accumulate(p, vb0, vb1, vb2, o0, o1, o2, D1, D2, PRECISION)
+            if KEYS2 > 0:
+                p = _exponentials(sc, row_max, scale, NATURAL)
+                row_sum += tl.sum(p, axis=1)
+                o0, o1, o2 = _accumulate(p, vc0, vc1, vc2, o0, o1, o2, D1, D2, PRECISION)
+        elif bias_ptr is not None:
+            row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        _finish(
+            out_ptr, row_max_ptr, log_sum_ptr, row, num_queries, num_heads * DH, row_max, row_sum, o0, o1, o2, scale,
+            NATURAL, DH, D0, D1, D2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _image_of_tile(cu_seqlens_ptr, tile, num_images, BLOCK_M: tl.constexpr):
+    # Image b owns the tiles from cu_seqlens[b] // BLOCK_M + b on: at least as many as it fills, for any lengths, and
+    # total // BLOCK_M + B together, which the host knows without reading a length.
+    image = -1
+    for first in tl.range(0, num_images, 256):
+        images = first + tl.arange(0, 256)
+        starts = tl.load(cu_seqlens_ptr + images, mask=images < num_images, other=0)
+        image += tl.sum(((starts // BLOCK_M + images <= tile) & (images < num_images)).to(tl.int32), axis=0)
+    return image
+
+
+@triton.jit
+def _stream_step(
+    row_max, row_sum, o0, o1, o2, q0, q1, q2, k_ptr, v_ptr, bias_ptr, start, row, num_queries, num_keys,
+    k_row_stride, v_row_stride, bias_row_stride, bias_key_stride, scale,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, NATURAL: tl.constexpr, KEY_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    DH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    mask = start + tl.arange(0, BLOCK) < num_keys if MASKED else None
+    k0, k1, k2 = _load_rows(_row(k_ptr, start, k_row_stride), k_row_stride, mask, BLOCK, DH, D0, D1, D2)
+    v0, v1, v2 = _load_rows(_row(v_ptr, start, v_row_stride), v_row_stride, mask, BLOCK, DH, D0, D1, D2)
+    s = _logits(q0, q1, q2, k0, k1, k2, D1, D2, PRECISION)
+    s = _biased(
+        s, scale, bias_ptr, bias_row_stride, bias_key_stride, row, start, num_queries, num_keys, MASKED, NATURAL, KEY_ONLY
+    )
+    return _update(row_max, row_sum, o0, o1, o2, s, v0, v1, v2, scale, bias_ptr is not None, NATURAL, D1, D2, PRECISION)
+
+
+@triton.jit
+def _attention_stream_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    cu_seqlens_ptr,
+    out_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_images,
+    num_tiles,
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_key_stride,
+    scale,
+    UNIT: tl.constexpr,
+    NATURAL: tl.constexpr,
+    KEY_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DH: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Keys in blocks of BLOCK_N with online rescaling, then blocks of TAIL (or 0) with masks."""
+    program = tl.program_id(0)
+    tile = program % num_tiles
+    total = num_queries
+    if cu_seqlens_ptr is None:
+        image = (program // num_tiles // num_heads).to(tl.int64)
+        head = (program // num_tiles % num_heads).to(tl.int64)
+        first_row = image * num_queries
+        statistics = (image * num_heads + head) * num_queries
+        q_ptr += image * q_batch_stride * UNIT
+        k_ptr += image * k_batch_stride * UNIT
+        v_ptr += image * v_batch_stride * UNIT
+        if bias_ptr is not None:
+            bias_ptr += image * bias_batch_stride + head * bias_head_stride
+    else:
+        head = (program // num_tiles).to(tl.int64)
+        image = _image_of_tile(cu_seqlens_ptr, tile, num_images, BLOCK_M)
+        first_row = tl.load(cu_seqlens_ptr + image).to(tl.int64)
+        num_queries = tl.load(cu_seqlens_ptr + image + 1) - first_row.to(tl.int32)
+        num_keys = num_queries
+        tile -= first_row.to(tl.int32) // BLOCK_M + image
+        statistics = head * total + first_row
+        q_ptr += first_row * q_row_stride * UNIT
+        k_ptr += first_row * k_row_stride * UNIT
+        v_ptr += first_row * v_row_stride * UNIT
+        if tile * BLOCK_M >= num_queries:
+            return
+    q_ptr += head * q_head_stride * UNIT
+    k_ptr += head * k_head_stride * UNIT
+    v_ptr += head * v_head_stride * UNIT
+    out_ptr += (first_row * num_heads + head) * DH
+
+    row = tile * BLOCK_M
+    q_mask = row + tl.arange(0, BLOCK_M) < num_queries
+    q0, q1, q2 = _load_rows(_row(q_ptr, row, q_row_stride * UNIT), q_row_stride * UNIT, q_mask, BLOCK_M, DH, D0, D1, D2)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    o0 = tl.zeros((BLOCK_M, D0), tl.float32)
+    o1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), tl.float32)
+    o2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else 16), tl.float32)
+    end = num_keys // BLOCK_N * BLOCK_N
+    for start in tl.range(0, end, BLOCK_N):
+        row_max, row_sum, o0, o1, o2 = _stream_step(
+            row_max, row_sum, o0, o1, o2, q0, q1, q2, k_ptr, v_ptr, bias_ptr, start, row, num_queries, num_keys,
+            k_row_stride * UNIT, v_row_stride * UNIT, bias_row_stride, bias_key_stride, scale,
+            BLOCK_N, False, NATURAL, KEY_ONLY, PRECISION, DH, D0, D1, D2,
+        )  # fmt: skip
+    if TAIL > 0:
+        for start in tl.range(end, num_keys, TAIL, num_stages=1):
+            row_max, row_sum, o0, o1, o2 = _stream_step(
+                row_max, row_sum, o0, o1, o2, q0, q1, q2, k_ptr, v_ptr, bias_ptr, start, row, num_queries, num_keys,
+                k_row_stride * UNIT, v_row_stride * UNIT, bias_row_stride, bias_key_stride, scale,
+                TAIL, True, NATURAL, KEY_ONLY, PRECISION, DH, D0, D1, D2,
+            )  # fmt: skip
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    _finish(
+        out_ptr, row_max_ptr + statistics, log_sum_ptr + statistics, row, num_queries, num_heads * DH, row_max, row_sum,
+        o0, o1, o2, scale, NATURAL, DH, D0, D1, D2,
+    )  # fmt: skip
+
+
+def _parts(head_dim: int) -> dict[str, int]:
+    """The head dim in up to three powers of two of 16 or more: 72 and 80 are 64 + 16, 104 is 64 + 32 + 16."""
+    padded = -(-head_dim // 16) * 16
+    parts = [width for width in (256, 128, 64, 32, 16) if padded & width]
+    if len(parts) > 3:
+        parts = [triton.next_power_of_2(padded)]
+    return dict(zip(("D0", "D1", "D2"), [*parts, 0, 0][:3], strict=True))
+
+
+def _key_blocks(num_keys: int) -> list[int]:
+    """Blocks of 128, then one of 64 if more than 64 keys are left, then the smallest that takes the rest: 128 + 64 + 16."""
+    blocks = [128] * (num_keys // 128)
+    rest = num_keys % 128
+    if rest > 64:
+        blocks, rest = [*blocks, 64], rest - 64
+    return [*blocks, max(16, triton.next_power_of_2(rest))] if rest else blocks
+
+
+def _block_m(num_queries: int, largest: int) -> int:
+    """The largest of 16, 32, 64 and 128 queries a tile that wastes no more rows than a smaller one: 128 at 197, 64 at 257."""
+    smallest = min(64, largest, max(16, triton.next_power_of_2(num_queries)))
+    return min((m for m in (128, 64, 32, 16) if smallest <= m <= largest), key=lambda m: -(-num_queries // m) * m)
+
+
+def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -> tuple[int, int, int]:
+    """The most queries a tile, keys a block, and stages of the pipeline: what the resource report shows not to spill."""
+    if dtype == torch.float32:  # multiplied without tensor cores, the operands held in registers
+        return 32, 16, 1
+    mma_sync = arch // 10 not in _READS_SHARED
+    if width > 128 or (width == 128 and full_bias and mma_sync):
+        return 64, 16 if full_bias else 32, 2
+    keys = 32 if full_bias or width == 112 or (mma_sync and width > 80) else 64
+    return 128, keys, 2 if mma_sync or full_bias else 3
+
+
+def _layout(q: Tensor, num_keys: int, biased: bool, full_bias: bool, packed: bool) -> tuple[bool, dict[str, int]]:
+    """Whether K and V stay resident, and the constants of that kernel with Triton's options."""
+    *images, num_queries, num_heads, head_dim = q.shape
+    parts = _parts(head_dim)
+    width, arch = sum(parts.values()), architecture(q.device)
+    blocks = _key_blocks(num_keys)
+    padded = sum(blocks)
+    # Registers a thread grow with the logits of all keys and the output: about 250 at 336 on sm_90, at 272 on sm_100.
+    one_pass = padded <= 256 and padded + width <= (272 if arch // 10 != 9 else 320 if biased else 336)
+    # Two programs share an SM as long as K, V and 64 queries are below 113 KB. A bias for each query takes registers too.
+    shared = (2 * padded + 64) * width * 2
+    fits = 1 <= len(blocks) <= 3 and shared <= 113 * 1024 and (one_pass or width <= 80) and not full_bias and not packed
+    if arch // 10 in _READS_SHARED and q.dtype != torch.float32 and fits and num_queries > 16:
+        tiles = triton.cdiv(num_queries, 64)
+        # A program takes more than one tile when there are two waves of two programs an SM.
+        splits = min(tiles, triton.cdiv(4 * multiprocessors(q.device), max(1, images[0] * num_heads)))
+        keys = dict(zip(("KEYS0", "KEYS1", "KEYS2"), [*blocks, 0, 0][:3], strict=True))
+        rest = {"BLOCK_M": 64, "LAST_MASKED": padded != num_keys, "ONLINE": not one_pass, "TILES": triton.cdiv(tiles, splits)}
+        return True, {**parts, **keys, **rest, "num_warps": 4, "num_stages": 1}
+    largest, block_n, stages = _stream_blocks(arch, q.dtype, width, full_bias)
+    block_m = min(largest, 64) if packed else _block_m(num_queries, largest)
+    if block_m == 16:  # one query: attention pooling
+        block_n, stages = min(block_n, 32), min(stages, 2)
+    rest = num_keys % block_n
+    tail = min(block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
+    options = {"num_warps": 8 if block_m == 128 else 4, "num_stages": stages}
+    if q.dtype == torch.float32 and block_m == 32 and width > 64:
+        options |= {"num_warps": 8, "maxnreg": 128}  # ptxas would rather spill 8 bytes for a third program on an SM
+    return False, {**parts, "BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail, **options}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` itself if its channels are neighbours and a tile of its rows is within int32 offsets, else a copy."""
+    near = x.stride(-3) < 2**24
+    return x if near and (x.stride(-1) == 1 or x.shape[-1] <= 1) else x.contiguous()
+
+
+def launch_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out, row_max and log_sum. ``max_seqlen`` is not needed: the grid follows from the tokens and images alone."""
+    *images, num_queries, num_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    statistics = (*images, num_heads, num_queries)
+    row_max, log_sum = (torch.empty(statistics, dtype=torch.float32, device=q.device) for _ in range(2))
+    if out.numel() == 0:
+        return out, row_max, log_sum
+    q, k, v = (_rows(t) for t in (q, k, v))
+    packed = cu_seqlens is not None
+    num_keys = k.shape[-3]
+    bias_strides = [0, 0, 0, 0]
+    if bias is not None:
+        bias_strides = bias.expand(*images, num_heads, num_queries, num_keys).stride()
+    key_only = bias_strides[2] == 0
+    strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
+    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    resident, constants = _layout(q, num_keys, bias is not None, bias is not None and not key_only, packed)
+    tiles = triton.cdiv(num_queries, constants["BLOCK_M"])
+    common = {
+        **constants,
+        "UNIT": unit,
+        "NATURAL": bias is not None or scale <= 0,  # else the largest product is the largest logit
+        "KEY_ONLY": key_only,
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "DH": head_dim,
+        "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
+    }
+    numbers = [*(s // unit for s in strides), *bias_strides, scale]
+    # One axis of the grid, since only the first passes 65,535; neighbours share a head, so that its K and V are in L2.
+    if resident:
+        splits = triton.cdiv(tiles, constants["TILES"])
+        _attention_fwd_kernel[(images[0] * num_heads * splits,)](
+            q, k, v, bias, out, row_max, log_sum, num_queries, num_keys, num_heads, splits, *numbers, **common
+        )
+        return out, row_max, log_sum
+    num_images = cu_seqlens.numel() - 1 if packed else images[0]
+    if packed:
+        tiles = num_queries // constants["BLOCK_M"] + num_images
+    _attention_stream_fwd_kernel[((1 if packed else num_images) * num_heads * tiles,)](
+        q, k, v, bias, cu_seqlens, out, row_max, log_sum, num_queries, num_keys, num_heads, num_images, tiles, *numbers,
+        **common,
+    )  # fmt: skip
+    return out, row_max, log_sum
+
+
+def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
+    """Name and launch on ``meta`` tensors of every configuration that dispatch can choose for a ViT of this shape.
+
+    Batch 1, where a program takes one query tile, and a batch that fills the chip; each kind of bias; images packed; one
+    query (attention pooling); float32.
+    """
+    N, H, Dh = shape.tokens, shape.num_heads, shape.width // shape.num_heads
+    name = f"N={N} Dh={Dh}"
+    for batch in (1, 4096):
+        yield f"{name} bf16 B={batch}", partial(_aot_dense, batch, N, H, Dh, None)
+    yield f"{name} bf16 bias", partial(_aot_dense, 4096, N, H, Dh, (1, H, N, N))
+    yield f"{name} bf16 key mask", partial(_aot_dense, 4096, N, H, Dh, (4096, 1, 1, N))
+    yield f"Dh={Dh} bf16 packed", partial(_aot_packed, H, Dh)
+    yield f"{name} bf16 pool", partial(_aot_dense, 4096, N, H, Dh, None, num_queries=1)
+    yield f"{name} fp32", partial(_aot_dense, 4096, N, H, Dh, None, dtype=torch.float32)
+    yield f"{name} fp32 bias", partial(_aot_dense, 4096, N, H, Dh, (1, H, N, N), dtype=torch.float32)
+
+
+def _aot_dense(
+    B: int,
+    N: int,
+    H: int,
+    Dh: int,
+    bias: tuple[int, ...] | None,
+    num_queries: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    qkv = torch.empty(B, N, 3, H, Dh, dtype=dtype, device="meta")
+    q, k, v = qkv.unbind(2)
+    launch_attention_fwd(q[:, :num_queries], k, v, None if bias is None else qkv.new_empty(bias), None, 0, 1.0, False)
+
+
+def _aot_packed(H: int, Dh: int) -> None:
+    q, k, v = torch.empty(4096, 3, H, Dh, dtype=torch.bfloat16, device="meta").unbind(1)
+    launch_attention_fwd(q, k, v, None, torch.empty(9, dtype=torch.int32, device="meta"), 0, 1.0, False)

@@ -1,0 +1,56 @@
+"""timm's ``AttentionPoolLatent`` (SigLIP's head: one learned query, M keys) on the fused attention.
+
+Only what lies between its children changes: timm's permute, unbind and transpose copies go. The children are still called,
+so hooks, adapters and replaced layers work as in timm.
+"""
+
+import functools
+from typing import Optional  # noqa: F401  a name in the source of timm's forward, for TorchScript
+
+import torch
+import torch.fx
+from timm.layers import AttentionPoolLatent
+from timm.layers.attention_pool import F, maybe_add_mask  # noqa: F401  names in timm's source, for TorchScript
+
+from ..ops import attention
+from . import _guard
+
+torch.fx.wrap("attention")
+
+_SHIPPED_FORWARDS = _guard.shipped_forwards(AttentionPoolLatent)
+
+
+class FusedAttentionPool(AttentionPoolLatent):
+    """``timm.layers.AttentionPoolLatent`` with its attention on ``vitkernels.ops``; swapped in by ``vitkernels.fuse``.
+
+    A call that the fused forward does not cover (``why_not``) runs timm's.
+    """
+
+    stock = AttentionPoolLatent  # unannotated: TorchScript reads timm's annotations through the instance
+
+    # wraps: inspect and TorchScript, which compiles source, see timm's forward.
+    @functools.wraps(AttentionPoolLatent.forward)
+    def forward(self, x, attn_mask=None):
+        if self.why_not():
+            return super().forward(x, attn_mask=attn_mask)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        heads = (self.num_heads, self.head_dim)
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, heads)  # (B, L, H, Dh)
+        k, v = self.kv(x).unflatten(-1, (2, *heads)).unbind(2)  # (B, M, H, Dh) each
+        # The norms see heads first, as in timm.
+        q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
+        k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
+        x = self.proj_drop(self.proj(attention(q, k, v, bias=attn_mask).flatten(2)))
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm(x))
+        if self.pool == "token":
+            return x[:, 0]
+        return x.mean(1) if self.pool == "avg" else x
+
+    def why_not(self) -> list[str]:
+        """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock module."""
+        reasons = _guard.patched(_SHIPPED_FORWARDS)
+        if not self.fused_attn:
+            reasons.append("fused_attn is False")
+        return reasons
