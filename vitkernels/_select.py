@@ -85,9 +85,7 @@ def _architecture(device_index: int) -> str:
 _architecture._dynamo_marked_constant = True
 
 
-def use_kernel(
-    op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False
-) -> bool:
+def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:
     """Decide between kernel (``True``) and reference (``False``) for one call of ``op`` on ``x``.
 
     Args:
