@@ -75,20 +75,22 @@ VITKERNELS_SHARED float antialias_filter(float x, bool cubic) {
     return x < 2.0f ? cubic_far(x, -0.5f) : 0.0f;
 }
 
-// The weights of output `i` go to weights[0 .. count - 1].
-VITKERNELS_SHARED Window antialias_window(const Axis& axis, int i, float* weights) {
+// Where the filter of output `i` stands, and its weight before normalisation.
+struct AntialiasWindow {
+    Window window;
+    float center;
+};
+
+VITKERNELS_SHARED AntialiasWindow antialias_window(const Axis& axis, int i) {
     const float center = product(axis.scale, static_cast<float>(i) + 0.5f);
     const int first = larger(static_cast<int>(center - axis.support + 0.5f), 0);
     const int end = smaller(static_cast<int>(center + axis.support + 0.5f), axis.in);
-    const Window window{first, larger(0, smaller(end - first, axis.taps))};
-    float total = 0.0f;
-    for (int j = 0; j < window.count; ++j) {
-        const float offset = static_cast<float>(first + j) - center + 0.5f;
-        weights[j] = antialias_filter(product(offset, axis.inverse), axis.filter.cubic);
-        total += weights[j];
-    }
-    for (int j = 0; total != 0.0f && j < window.count; ++j) weights[j] /= total;
-    return window;
+    return {{first, larger(0, smaller(end - first, axis.taps))}, center};
+}
+
+VITKERNELS_SHARED float antialias_weight(const Axis& axis, float center, int source) {
+    const float offset = static_cast<float>(source) - center + 0.5f;
+    return antialias_filter(product(offset, axis.inverse), axis.filter.cubic);
 }
 
 // Positions beyond the border count as the border, so their weights are added to its.
@@ -114,8 +116,35 @@ VITKERNELS_SHARED Window point_window(const Axis& axis, int i, float* weights) {
     return window;
 }
 
+// What output `i` reads; the weights go to weights[0 .. count - 1].
 VITKERNELS_SHARED Window make_window(const Axis& axis, int i, float* weights) {
-    return axis.filter.antialias ? antialias_window(axis, i, weights) : point_window(axis, i, weights);
+    if (!axis.filter.antialias) return point_window(axis, i, weights);
+    const AntialiasWindow found = antialias_window(axis, i);
+    float total = 0.0f;
+    for (int j = 0; j < found.window.count; ++j) {
+        weights[j] = antialias_weight(axis, found.center, found.window.first + j);
+        total += weights[j];
+    }
+    for (int j = 0; total != 0.0f && j < found.window.count; ++j) weights[j] /= total;
+    return found.window;
+}
+
+// The weight with which output `i` reads `source`: the same bits as make_window's, and zero outside of the window.
+VITKERNELS_SHARED float weight_of(const Axis& axis, int i, int source) {
+    if (!axis.filter.antialias) {
+        float weights[4];
+        const Window window = point_window(axis, i, weights);
+        const int j = source - window.first;
+        float weight = 0.0f;
+        for (int k = 0; k < 4; ++k) weight = k == j && k < window.count ? weights[k] : weight;  // no indexed registers
+        return weight;
+    }
+    const AntialiasWindow found = antialias_window(axis, i);
+    if (source < found.window.first || source >= found.window.first + found.window.count) return 0.0f;
+    float total = 0.0f;
+    for (int j = 0; j < found.window.count; ++j) total += antialias_weight(axis, found.center, found.window.first + j);
+    const float weight = antialias_weight(axis, found.center, source);
+    return total != 0.0f ? weight / total : weight;
 }
 
 }  // namespace vitkernels

@@ -21,7 +21,7 @@
 #else
 #define ALWAYS_INLINE inline
 #endif
-#if defined(__GNUC__) && defined(__x86_64__)
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(VITKERNELS_PORTABLE)
 #define VITKERNELS_X86 1
 #endif
 

@@ -2,6 +2,7 @@
 
 from ._swap import FUSED_CLASSES, fuse_classes, unfuse_classes
 from .block import FusedBlock
+from .naflexvit import FusedNaFlexEmbeds
 from .patch_embed import FusedPatchEmbed
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from .vit_pytorch import load_vit_pytorch
@@ -9,6 +10,7 @@ from .vit_pytorch import load_vit_pytorch
 __all__ = [
     "FUSED_CLASSES",
     "FusedBlock",
+    "FusedNaFlexEmbeds",
     "FusedPatchEmbed",
     "VisionTransformer",
     "fuse_classes",
