@@ -423,6 +423,67 @@ def test_no_sizes_and_no_channels():
     assert vk.ops.resample_pos_embed(torch.zeros(1, 17, 0), (6, 6)).shape == (1, 37, 0)
 
 
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("old_size", "new_size"), SIZES[:3], ids=str)
+def test_full_width_on_a_gpu(old_size, new_size, dtype):
+    for width in (768, 1024, 1152, 770):
+        posemb = table(old_size, 1, width, dtype).requires_grad_()
+        got = fused(posemb, new_size, old_size)
+        expected = vk.reference.resample_pos_embed(posemb.double(), new_size, old_size)
+        step = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
+        atol = (4e-6 + step) * expected.abs().max().item()
+        torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_the_kernels():
+    posemb, sizes = table((14, 14), 1, 768).requires_grad_(), [(24, 24), (14, 14), (9, 30)]
+
+    def step():
+        out = fused_many(posemb, sizes, num_prefix_tokens=1)
+        return out, torch.autograd.grad(out.square().sum(), posemb)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        posemb.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_the_kernel_waits_for_the_work_of_the_current_stream():
+    posemb = torch.zeros(1, 197, 768)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        posemb.fill_(1)
+        out = fused(posemb, (24, 24))
+    stream.synchronize()
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_kernel_runs_on_the_device_of_its_tensor():
+    posemb = table((14, 14), 1, 768).to("cuda:1")
+    out = fused(posemb, (24, 24))
+    assert out.device == posemb.device
+    assert torch.equal(out, fused(posemb.to("cuda:0"), (24, 24)).to("cuda:1"))
+
+
 # Fallback and wrong arguments.
 
 
