@@ -131,8 +131,9 @@ def test_the_cuda_source_is_right_in_every_dtype(emulated, dtype, width):
 @needs_gxx
 @pytest.mark.slow
 def test_the_cuda_source_takes_the_largest_grids(emulated):
-    # In float32, since positions of up to 512 are 3e-5 off the true ones, in F.interpolate as here.
-    oracle = {"oracle_dtype": torch.float32, "share": 1e-5}
+    # In float32, since positions of up to 512 are 3e-5 off the true ones, in F.interpolate as here; its backward adds up
+    # thousands of terms in one float32 variable.
+    oracle = {"oracle_dtype": torch.float32, "share": 5e-5}
     for antialias in (True, False):
         check(emulated, (2, 512), [(3, 512), (1, 7)], 8, torch.float16, antialias=antialias, **oracle)
         check(emulated, (512, 3), [(7, 512)], 4, antialias=antialias, **oracle)
