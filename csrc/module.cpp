@@ -3,12 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "device.h"
+#include "pos_embed.h"
 
 namespace py = pybind11;
+using namespace py::literals;
+using namespace vitkernels;
 
 #ifndef VITKERNELS_CUDA
-vitkernels::Versions vitkernels::cuda_versions() { return {}; }
+Versions vitkernels::cuda_versions() { return {}; }
 #endif
 
 static py::dict build_info() {
@@ -23,10 +28,35 @@ static py::dict build_info() {
     return info;
 }
 
+// A resampling function takes the members of Resampling in their order, then where to run.
+template <auto resample, typename... Where, typename... Names>
+static void define(py::module_& m, const char* name, const char* doc, const Names&... where) {
+    m.def(
+        name,
+        [](std::uintptr_t table, std::uintptr_t copies, int dtype, int height, int width, std::int64_t channels, int prefix,
+           std::int64_t rows, bool cubic, bool antialias, bool align_corners, const std::vector<std::array<int, 4>>& targets,
+           Where... values) {
+            const py::gil_scoped_release release;
+            Resampling problem{table,    copies, Dtype(dtype), height, width,
+                               channels, prefix, rows,         {cubic, antialias, align_corners}, {}};
+            for (const auto& [h, w, full_h, full_w] : targets) problem.targets.push_back({h, w, full_h, full_w});
+            resample(problem, values...);
+        },
+        doc, "table"_a, "copies"_a, "dtype"_a, "height"_a, "width"_a, "channels"_a, "prefix"_a, "rows"_a, "cubic"_a,
+        "antialias"_a, "align_corners"_a, "targets"_a, where...);
+}
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled part of vitkernels.";
     m.def("build_info", &build_info,
           "How this module was built: compiler, cuda (nvcc's version or None), architectures (sm_* binaries, compute_* PTX).");
-    m.def("cuda_versions", &vitkernels::cuda_versions,
+    m.def("cuda_versions", &cuda_versions,
           "(runtime, driver) as CUDA numbers them, 13000 for 13.0. None: built without a runtime, or no driver here.");
+    const char* doc = "Resampled copies of a position embedding, or its gradient from theirs: see csrc/pos_embed.h.";
+    define<resample_forward_cpu, int>(m, "resample_forward_cpu", doc, "threads"_a);
+    define<resample_backward_cpu, int>(m, "resample_backward_cpu", doc, "threads"_a);
+#ifdef VITKERNELS_CUDA
+    define<resample_forward_cuda, int, std::uintptr_t>(m, "resample_forward_cuda", doc, "device"_a, "stream"_a);
+    define<resample_backward_cuda, int, std::uintptr_t>(m, "resample_backward_cuda", doc, "device"_a, "stream"_a);
+#endif
 }

@@ -90,6 +90,36 @@ def test_wheel_built_from_the_sdist_is_complete(tree, tmp_path):
     assert module.build_info()["cuda"] is None
     assert module.build_info()["architectures"] == []
     assert module.cuda_versions() == (None, None)
+    assert hasattr(module, "resample_forward_cpu")
+    assert not hasattr(module, "resample_forward_cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_wheel_with_cuda_imports_and_fails_cleanly_without_a_driver(tree, tmp_path):
+    options = ("--wheel", "--no-isolation", "--outdir", tmp_path / "dist")
+    built = run(tree, "-m", "build", *options, VITKERNELS_BUILD_CUDA="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("dist/*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (extension,) = (name for name in archive.namelist() if name.startswith("vitkernels/_C."))
+        archive.extract(extension, tmp_path)
+    # In another process: the module of this one may be loaded already.
+    code = f"""
+import test_build
+module = test_build.load_extension({str(tmp_path / extension)!r})
+print(*module.build_info()["architectures"])
+if module.cuda_versions()[1] is None:
+    try:
+        module.resample_forward_cuda(0, 0, 0, 1, 1, 4, 0, 0, True, True, False, [(2, 2, 2, 2)], 0, 0)
+    except RuntimeError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    architectures, *error = result.stdout.splitlines()
+    assert "sm_90" in architectures
+    assert not error or error[0].startswith("resampling: "), error
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ CALLS = {
     "attention_qkv": lambda x: vk.ops.attention_qkv(x.unflatten(-1, (2, 4)).unsqueeze(2).expand(-1, -1, 3, -1, -1)),
     "patch_embed": lambda x: vk.ops.patch_embed(x[:, None, :4, :4], torch.ones(6, 1, 2, 2)),
     "resample_pos_embed": lambda x: vk.ops.resample_pos_embed(x[:1, :4], (3, 5), (2, 2), 0),
+    "resample_pos_embed_many": lambda x: vk.ops.resample_pos_embed_many(x[:1, :4], [(3, 5), (x.shape[0], 2)]),
 }
 
 

@@ -1,26 +1,275 @@
-"""resample_pos_embed: timm's rules, argument checks."""
+"""resample_pos_embed and resample_pos_embed_many: PyTorch's numbers, timm's rules, their autograd, argument checks."""
 
+import itertools
+
+import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
+from helpers import KERNEL_TESTS, assert_matches_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from timm.layers import resample_abs_pos_embed
 
 import vitkernels as vk
+from vitkernels import _env
+from vitkernels.ops.pos_embed import MAX_SIZES, why_not
 
-SIZES = [((4, 4), (6, 6)), ((4, 4), (2, 2)), ((4, 4), (3, 7)), ((1, 1), (5, 5)), ((7, 3), (1, 1))]
+pytestmark = KERNEL_TESTS
+needs_extension = pytest.mark.skipif(_env.EXTENSION is None, reason="vitkernels._C is not built")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MODES = [(interpolation, antialias) for interpolation in ("bicubic", "bilinear") for antialias in (True, False)]
+every_mode = pytest.mark.parametrize(("interpolation", "antialias"), MODES)
+every_alignment = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
+# Up, down, both, to and from one row, sizes whose ratio is no short fraction, and the largest side.
+SIZES = [
+    ((14, 14), (24, 24)),
+    ((16, 16), (37, 37)),
+    ((37, 37), (16, 16)),
+    ((7, 3), (20, 50)),
+    ((20, 50), (7, 3)),
+    ((13, 8), (9, 21)),
+    ((1, 1), (5, 5)),
+    ((7, 3), (1, 1)),
+    ((1, 6), (1, 9)),
+    ((5, 1), (8, 1)),
+    ((2, 8), (4, 4)),
+    ((5, 9), (512, 40)),
+    ((512, 7), (9, 7)),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("antialias", [False, True])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("old_size", "new_size"), SIZES)
-def test_resampling_is_bitwise_timms(old_size, new_size, interpolation, antialias, dtype):
-    for num_prefix_tokens in (0, 1, 5):
-        posemb = torch.randn(1, num_prefix_tokens + old_size[0] * old_size[1], 24).to(dtype)
-        arguments = (posemb, new_size, old_size, num_prefix_tokens, interpolation, antialias)
-        got = vk.ops.resample_pos_embed(*arguments)
-        assert torch.equal(got, resample_abs_pos_embed(*arguments))
-        assert torch.equal(got[:, :num_prefix_tokens], posemb[:, :num_prefix_tokens])
+def table(old_size, prefix=0, width=24, dtype=torch.float32):
+    return torch.randn(1, prefix + old_size[0] * old_size[1], width).to(dtype)
+
+
+def interpolated(posemb, new_size, old_size, interpolation, antialias, align_corners=False):
+    """What F.interpolate makes of it, in float32 and in timm's layout (channels innermost): (1, h'*w', D)."""
+    image = posemb.float().unflatten(1, old_size).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_size, mode=interpolation, antialias=antialias, align_corners=align_corners)
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def fused(*args, **kwargs):
+    with vk.backend("fused"):
+        return vk.ops.resample_pos_embed(*args, **kwargs)
+
+
+def fused_many(*args, **kwargs):
+    with vk.backend("fused"):
+        return vk.ops.resample_pos_embed_many(*args, **kwargs)
+
+
+def opcheck_arguments():
+    rest = (1, "bicubic", True, False, False, None)
+    padded = (1, "bilinear", False, True, True, 20)
+    return {
+        "resample_pos_embed_fwd": [
+            (table((4, 4), 1), [4, 4], [6, 5], *rest),
+            (table((4, 4), 1), [4, 4], [6, 5, 2, 2, 4, 4], *padded),
+        ],
+        "resample_pos_embed_bwd": [
+            (torch.randn(31, 24), [4, 4], [6, 5], *rest),
+            (torch.randn(60, 24), [4, 4], [6, 5, 2, 2, 4, 4], *padded),
+        ],
+    }
+
+
+# PyTorch's numbers.
+
+
+@needs_extension
+@every_mode
+@every_alignment
+@pytest.mark.parametrize(("old_size", "new_size"), SIZES, ids=str)
+def test_outputs_and_gradients_are_those_of_interpolate(old_size, new_size, interpolation, antialias, align_corners):
+    posemb = table(old_size).requires_grad_()
+    mode = (interpolation, antialias)
+    got = fused(posemb, new_size, old_size, 0, *mode, align_corners=align_corners)
+    expected = interpolated(posemb, new_size, old_size, *mode, align_corners)
+    assert_close(got, expected)
+    dout = torch.randn_like(expected)
+    mine, theirs = (torch.autograd.grad(out, posemb, dout)[0] for out in (got, expected))
+    # F.interpolate's backward adds up to h'w' terms per source in one float32 variable, in order; ours by axes.
+    exact = torch.autograd.grad(interpolated_exactly(posemb, new_size, old_size, *mode, align_corners), posemb, dout)[0]
+    budget = 2e-6 * max(1, exact.abs().max().item()) + 2 * (theirs - exact).abs().max().item()
+    assert (mine - exact).abs().max().item() <= budget
+
+
+def assert_close(got, expected):
+    tolerance = 2e-6 * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+def interpolated_exactly(posemb, new_size, old_size, interpolation, antialias, align_corners):
+    """By PyTorch's own float32 weights of each axis, sums in float64."""
+    matrices = (
+        vk.reference.pos_embed.resampling_matrix(old, new, interpolation, antialias, align_corners)
+        for old, new in zip(old_size, new_size, strict=True)
+    )
+    image = posemb.unflatten(1, old_size).double()
+    along_h, along_w = (m.to(image.device).double() for m in matrices)
+    return torch.einsum("ir,jc,brcd->bijd", along_h, along_w, image).flatten(1, 2).to(posemb.dtype)
+
+
+@needs_extension
+@every_mode
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("old_size", "new_size"), [((14, 14), (24, 24)), ((37, 37), (16, 16)), ((7, 3), (5, 11))], ids=str)
+def test_every_dtype_is_within_budget_of_float64(old_size, new_size, dtype, interpolation, antialias):
+    posemb, dout = table(old_size, 2, dtype=dtype), torch.randn(1, 2 + new_size[0] * new_size[1], 24)
+    arguments = (new_size, old_size, 2, interpolation, antialias)
+    if dtype != torch.float64:
+        kernel, reference = (lambda p, f=f: f(p, *arguments) for f in (fused, vk.reference.resample_pos_embed))
+        assert_matches_reference(kernel, reference, [posemb], [dout])
+        return
+    # float64 is computed in float32, as timm does: within float32's budget, and prefix rows keep all their bits.
+    got, oracle = fused(posemb, *arguments), vk.reference.resample_pos_embed(posemb, *arguments)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, oracle, rtol=0, atol=2e-6 * posemb.abs().max().item())
+    assert torch.equal(got[:, :2], posemb[:, :2])
+
+
+@needs_extension
+@pytest.mark.parametrize("width", [1, 3, 16, 64, 65, 100, 192, 768, 1000])
+def test_any_width_and_prefix(width):
+    """Widths around the blocks of 64 channels; 1 against wider tables, as F.interpolate is wrong for h x 1 and D = 1."""
+    for prefix in (0, 1, 5):
+        posemb = table((5, 4), prefix, max(width, 2))
+        expected = interpolated(posemb[:, prefix:], (7, 9), (5, 4), "bicubic", True)[..., :width]
+        got = fused(posemb[..., :width], (7, 9), (5, 4), prefix)
+        assert_close(got[:, prefix:], expected)
+        assert torch.equal(got[:, :prefix], posemb[:, :prefix, :width])
+
+
+@needs_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    posemb, dout = table((16, 16), 1, 1000), torch.randn(1, 1 + 37 * 37, 1000)
+    sizes = [(37, 37), (40, 20), (16, 16)]
+    results, before = [], torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            leaf = posemb.clone().requires_grad_()
+            out = fused(leaf, (37, 37))
+            results.append([out, *torch.autograd.grad(out, leaf, dout), fused_many(posemb, sizes, num_prefix_tokens=1)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_conversions_round_as_pytorch_for_every_half(dtype):
+    """All 65536 bit patterns in and out unchanged, and the means of neighbours, most of which lie between two values."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    copied = fused(values[None, None].clone(), (1, 2), (1, 1), 0)[0, 0]
+    assert torch.equal(copied.isnan(), values.isnan())
+    assert torch.equal(copied[~values.isnan()].view(torch.int16), values[~values.isnan()].view(torch.int16))
+    # Halves of these are exact in float32, and no sum overflows there.
+    values = values[(values.abs() < 1e38) & ((values.abs() > 1e-36) | (values == 0))]
+    pair = torch.stack([values, values.roll(1)])[None]
+    middle = fused(pair, (1, 3), (1, 2), 0, "bilinear", False)[0, 1]
+    assert torch.equal(middle, (pair[0].float().sum(0) / 2).to(dtype))
+
+
+@needs_extension
+@settings(max_examples=60, deadline=None)
+@given(
+    old_size=st.tuples(st.integers(1, 40), st.integers(2, 40)),
+    new_size=st.tuples(st.integers(1, 60), st.integers(2, 60)),
+    width=st.integers(2, 70),
+    mode=st.sampled_from(MODES),
+    align_corners=st.booleans(),
+)
+def test_any_pair_of_sizes(old_size, new_size, width, mode, align_corners):
+    posemb = table(old_size, 1, width)
+    expected = interpolated(posemb[:, 1:], new_size, old_size, *mode, align_corners)
+    got = fused(posemb, new_size, old_size, 1, *mode, align_corners=align_corners)
+    if old_size != new_size:
+        assert_close(got[:, 1:], expected)
+    else:
+        assert got is posemb
+
+
+@needs_extension
+@pytest.mark.slow
+@every_mode
+@every_alignment
+def test_a_sweep_of_sizes(interpolation, antialias, align_corners):
+    sides = (1, 2, 3, 5, 7, 8, 13, 14, 16, 24, 31, 32, 37, 64, 100, 127, 256, 511, 512)
+    for old, new in itertools.product(sides, sides):
+        for old_size, new_size in (((old, 3), (new, 4)), ((3, old), (4, new))):
+            posemb = table(old_size, width=4)
+            got = fused(posemb, new_size, old_size, 0, interpolation, antialias, align_corners=align_corners)
+            assert_close(got, interpolated(posemb, new_size, old_size, interpolation, antialias, align_corners))
+
+
+# Other people's code.
+
+
+def photograph(side):
+    """A smooth image in 0..1 with an edge, (side, side) in float32."""
+    y, x = np.mgrid[:side, :side].astype(np.float32) / side
+    return (0.5 + 0.4 * np.sin(9 * x + 4 * y * y) * np.cos(7 * y) * (x > 0.3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(24, 31), (9, 16), (40, 13)], ids=str)
+@pytest.mark.parametrize(("interpolation", "method"), [("bicubic", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
+def test_antialiased_resampling_is_pils(size, interpolation, method):
+    image = photograph(20)
+    expected = np.asarray(Image.fromarray(image).resize(size[::-1], method))
+    posemb = torch.from_numpy(image).reshape(1, 400, 1).expand(-1, -1, 2)
+    got = vk.ops.resample_pos_embed(posemb, size, None, 0, interpolation)[0, :, 0].reshape(size)
+    np.testing.assert_allclose(got.cpu().numpy(), expected, atol=2e-6)
+
+
+def test_antialiased_resampling_is_torchvisions():
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = torch.from_numpy(photograph(20)).expand(3, 20, 20)
+    posemb = image.permute(1, 2, 0).reshape(1, 400, 3)
+    for size in ((24, 31), (9, 16)):
+        expected = functional.resize(image, list(size), functional.InterpolationMode.BICUBIC, antialias=True)
+        got = vk.ops.resample_pos_embed(posemb, size, None, 0)[0].reshape(*size, 3).permute(2, 0, 1)
+        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (20, 31), (7, 10)], ids=str)
+def test_aligned_bilinear_is_the_papers_zoom(size):
+    """The original code: ``scipy.ndimage.zoom(grid, zoom, order=1)`` (github.com/google-research/vision_transformer)."""
+    grid = np.random.default_rng(0).normal(size=(14, 14, 8))
+    expected = scipy.ndimage.zoom(grid, (size[0] / 14, size[1] / 14, 1), order=1)
+    posemb = torch.from_numpy(grid).reshape(1, 196, 8).float()  # positions up to 13 in float32: 5e-7 off, times the slope
+    got = vk.ops.resample_pos_embed(posemb, size, None, 0, "bilinear", False, align_corners=True)
+    np.testing.assert_allclose(got.cpu().numpy().reshape(*size, 8), expected, atol=5e-6)
+
+
+# timm's rules.
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_mode
+@pytest.mark.parametrize(("old_size", "new_size"), [((4, 4), (6, 6)), ((4, 4), (3, 7)), ((1, 1), (5, 5)), ((7, 3), (2, 2))])
+def test_resampling_is_timms(old_size, new_size, interpolation, antialias, dtype, backend):
+    for prefix in (0, 1, 5):
+        posemb = table(old_size, prefix, dtype=dtype)
+        arguments = (posemb, new_size, old_size, prefix, interpolation, antialias)
+        with vk.backend(backend):
+            got = vk.ops.resample_pos_embed(*arguments)
+        expected = resample_abs_pos_embed(*arguments)
+        assert torch.equal(got[:, :prefix], posemb[:, :prefix])
+        if backend == "reference":
+            assert torch.equal(got, expected)
+        else:
+            step = 0 if dtype == torch.float64 else torch.finfo(dtype).eps
+            tolerance = max(2e-6, step) * max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 def test_the_same_tensor_comes_back_when_nothing_changes():
@@ -35,27 +284,232 @@ def test_another_grid_of_as_many_tokens_is_resampled(old_size, new_size):
     """timm 1.0.26 returned (2, 8) -> (4, 4) unchanged, later versions resample it."""
     posemb = torch.randn(1, 17, 8)
     got = vk.ops.resample_pos_embed(posemb, new_size, old_size)
-    image = posemb[:, 1:].unflatten(1, old_size).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new_size, mode="bicubic", antialias=True)
-    assert torch.equal(got, torch.cat([posemb[:, :1], image.flatten(2).transpose(1, 2)], dim=1))
+    assert_close(got[:, 1:], interpolated(posemb[:, 1:], new_size, old_size, "bicubic", True))
+    assert torch.equal(got[:, :1], posemb[:, :1])
 
 
 def test_gradients_are_timms_and_prefix_rows_pass_theirs_through():
     posemb = torch.randn(1, 17, 8, requires_grad=True)
     dout = torch.randn(1, 37, 8)
     (got,) = torch.autograd.grad(vk.ops.resample_pos_embed(posemb, (6, 6)), posemb, dout)
-    assert torch.equal(got, torch.autograd.grad(resample_abs_pos_embed(posemb, (6, 6)), posemb, dout)[0])
+    (expected,) = torch.autograd.grad(resample_abs_pos_embed(posemb, (6, 6)), posemb, dout)
+    assert_close(got, expected)
     assert torch.equal(got[:, 0], dout[:, 0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(1, 17, 20)[..., 3:11],
+        lambda: torch.randn(1, 8, 17).transpose(1, 2),
+        lambda: torch.randn(1, 34, 8)[:, ::2],
+        lambda: torch.randn(1, 1, 8).expand(1, 17, 8),
+    ],
+    ids=["slice", "transposed", "every second row", "expanded"],
+)
+def test_any_strides_give_the_bits_of_the_contiguous_input(make):
+    posemb, dout = make(), torch.randn(8, 43).T[None]
+    results = []
+    for p in (posemb, posemb.contiguous()):
+        leaf = p.detach().requires_grad_()
+        out = vk.ops.resample_pos_embed(leaf, (7, 6))
+        results.append([out, *torch.autograd.grad(out, leaf, dout if p is posemb else dout.contiguous())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_reference_keeps_float64_and_passes_gradcheck():
     posemb = torch.randn(1, 10, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: vk.reference.resample_pos_embed(p, (4, 5)), posemb)
+    sizes, options = [(4, 5), (3, 3), (2, 1)], {"num_prefix_tokens": 1, "preserve_aspect_ratio": True, "pad_to": 12}
+    assert torch.autograd.gradcheck(lambda p: vk.reference.resample_pos_embed_many(p, sizes, **options), posemb)
 
 
-def test_fused_raises_and_says_that_there_is_no_kernel_yet():
-    with vk.backend("fused"), pytest.raises(RuntimeError, match="no resampling kernel"):
-        vk.ops.resample_pos_embed(torch.zeros(1, 17, 8), (6, 6))
+def test_derivatives_of_torch_func_go_through_the_reference():
+    posemb, tangent = torch.randn(1, 17, 8), torch.randn(1, 17, 8)
+    _, got = torch.func.jvp(lambda p: vk.ops.resample_pos_embed(p, (6, 6)), (posemb,), (tangent,))
+    assert_close(got, resample_abs_pos_embed(tangent, (6, 6)))
+    per_sample = torch.func.vmap(lambda p: vk.ops.resample_pos_embed(p, (6, 6)))(torch.stack([posemb, tangent]))
+    assert_close(per_sample[1], resample_abs_pos_embed(tangent, (6, 6)))
+
+
+# Many sizes.
+
+MANY = [(6, 6), (4, 4), (3, 7), (1, 1), (6, 6), (2, 9)]
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_many_sizes_are_the_single_ones_one_after_the_other(prefix, dtype, backend):
+    posemb = table((4, 4), prefix, dtype=dtype)
+    with vk.backend(backend):
+        got = vk.ops.resample_pos_embed_many(posemb, MANY, num_prefix_tokens=prefix)
+        single = [vk.ops.resample_pos_embed(posemb, size, (4, 4), prefix)[0] for size in MANY]
+    assert torch.equal(got, torch.cat(single))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+def test_aspect_preserving_sizes_are_crops_of_the_square_as_in_naflex(backend):
+    posemb = table((4, 4))
+    with vk.backend(backend):
+        got = vk.ops.resample_pos_embed_many(posemb, MANY, preserve_aspect_ratio=True).split([h * w for h, w in MANY])
+    for rows, (h, w) in zip(got, MANY, strict=True):
+        side = max(h, w)
+        square = interpolated(posemb, (side, side), (4, 4), "bicubic", True).unflatten(1, (side, side))
+        assert_close(rows, square[0, :h, :w].flatten(0, 1))
+    # timm leaves an image of the table's own, here rectangular, grid alone.
+    posemb = table((3, 5))
+    with vk.backend(backend):
+        assert torch.equal(vk.ops.resample_pos_embed_many(posemb, [(3, 5)], (3, 5), preserve_aspect_ratio=True), posemb[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize("pad_to", [2, 10, 50])
+def test_padded_copies_are_cut_or_filled_with_zeros(pad_to, backend):
+    posemb = table((4, 4), 1)
+    with vk.backend(backend):
+        got = vk.ops.resample_pos_embed_many(posemb, MANY, num_prefix_tokens=1, pad_to=pad_to)
+        packed = vk.ops.resample_pos_embed_many(posemb, MANY, num_prefix_tokens=1).split([1 + h * w for h, w in MANY])
+    assert got.shape == (len(MANY), pad_to, 24)
+    for image, rows in zip(got, packed, strict=True):
+        kept = min(pad_to, rows.shape[0])
+        assert torch.equal(image[:kept], rows[:kept])
+        assert (image[kept:] == 0).all()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad_to", [None, 2, 10, 50])
+@pytest.mark.parametrize("preserve_aspect_ratio", [False, True])
+def test_gradients_of_many_sizes_are_the_references(preserve_aspect_ratio, pad_to, dtype):
+    options = {"num_prefix_tokens": 1, "preserve_aspect_ratio": preserve_aspect_ratio, "pad_to": pad_to}
+    posemb = table((4, 4), 1, 70).to(dtype).requires_grad_()
+    out = fused_many(posemb, MANY, **options)
+    dout = torch.randn(out.shape).to(dtype)
+    (got,) = torch.autograd.grad(out, posemb, dout)
+    wide = posemb.detach().double().requires_grad_()
+    expected = torch.autograd.grad(vk.reference.resample_pos_embed_many(wide, MANY, **options), wide, dout.double())[0]
+    step = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=(2e-6 + step) * expected.abs().max().item())
+
+
+@needs_extension
+def test_the_gradient_is_bitwise_the_same_from_run_to_run():
+    posemb, sizes = table((16, 16), 1, 256).requires_grad_(), [(37, 37), (16, 16), (20, 31)]
+    out = fused_many(posemb, sizes, num_prefix_tokens=1)
+    dout = torch.randn_like(out)
+    grads = [torch.autograd.grad(out, posemb, dout, retain_graph=True)[0] for _ in range(3)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+
+
+@needs_extension
+def test_more_sizes_than_one_launch_takes():
+    posemb = table((3, 3), 1, 4).requires_grad_()
+    sizes = [(1 + i % 3, 2) for i in range(MAX_SIZES + 5)]
+    got = fused_many(posemb, sizes, num_prefix_tokens=1)
+    expected = vk.reference.resample_pos_embed_many(posemb, sizes, num_prefix_tokens=1)
+    assert_close(got, expected)
+    dout = torch.randn_like(expected)
+    assert_close(*(torch.autograd.grad(out, posemb, dout)[0] for out in (got, expected)))
+
+
+def test_no_sizes_and_no_channels():
+    posemb = table((3, 3), 1, 4).requires_grad_()
+    out = vk.ops.resample_pos_embed_many(posemb, [], num_prefix_tokens=1)
+    assert out.shape == (0, 4)
+    assert torch.equal(torch.autograd.grad(out.sum(), posemb)[0], torch.zeros_like(posemb))
+    assert vk.ops.resample_pos_embed_many(posemb, [], num_prefix_tokens=1, pad_to=7).shape == (0, 7, 4)
+    assert vk.ops.resample_pos_embed(torch.zeros(1, 17, 0), (6, 6)).shape == (1, 37, 0)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("old_size", "new_size"), SIZES[:3], ids=str)
+def test_full_width_on_a_gpu(old_size, new_size, dtype):
+    for width in (768, 1024, 1152, 770):
+        posemb = table(old_size, 1, width, dtype).requires_grad_()
+        got = fused(posemb, new_size, old_size)
+        expected = vk.reference.resample_pos_embed(posemb.double(), new_size, old_size)
+        step = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
+        atol = (4e-6 + step) * expected.abs().max().item()
+        torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_the_kernels():
+    posemb, sizes = table((14, 14), 1, 768).requires_grad_(), [(24, 24), (14, 14), (9, 30)]
+
+    def step():
+        out = fused_many(posemb, sizes, num_prefix_tokens=1)
+        return out, torch.autograd.grad(out.square().sum(), posemb)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        posemb.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_the_kernel_waits_for_the_work_of_the_current_stream():
+    posemb = torch.zeros(1, 197, 768)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        posemb.fill_(1)
+        out = fused(posemb, (24, 24))
+    stream.synchronize()
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_kernel_runs_on_the_device_of_its_tensor():
+    posemb = table((14, 14), 1, 768).to("cuda:1")
+    out = fused(posemb, (24, 24))
+    assert out.device == posemb.device
+    assert torch.equal(out, fused(posemb.to("cuda:0"), (24, 24)).to("cuda:1"))
+
+
+# Fallback and wrong arguments.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+def test_without_the_extension_auto_is_timms_bits_and_fused_raises(monkeypatch):
+    monkeypatch.setattr("vitkernels._env.EXTENSION", None)
+    posemb = table((4, 4), 1)
+    assert torch.equal(vk.ops.resample_pos_embed(posemb, (6, 6)), resample_abs_pos_embed(posemb, (6, 6)))
+    with pytest.raises(RuntimeError, match=r"vitkernels._C is not built"):
+        fused(posemb, (6, 6))
+    with pytest.raises(RuntimeError, match=r"resample_pos_embed_many cannot run its kernel: .*vitkernels._C is not built"):
+        fused_many(posemb, [(6, 6)], num_prefix_tokens=1)
+
+
+@needs_extension
+def test_reasons_on_a_gpu(monkeypatch):
+    posemb = torch.empty(1, 17, 8, device="meta")
+    assert "run on CUDA and CPU tensors, got meta" in why_not(posemb)[0]
+    monkeypatch.setattr("vitkernels._env.EXTENSION_HAS_CUDA", True)
+    with vk._select.targeting("sm_90"):
+        assert why_not(posemb) == []
+        assert why_not(posemb, 513) == ["the resampling kernel takes grids of up to 512 a side, got 513"]
+        monkeypatch.setattr("vitkernels._env.EXTENSION_HAS_CUDA", False)
+        assert why_not(posemb) == ["the extension vitkernels._C was built without CUDA"]
+    with vk._select.targeting("sm_75"):
+        assert why_not(posemb)[0] == "sm_75 is older than sm_80"
 
 
 P = torch.zeros(1, 17, 8)
@@ -66,14 +520,23 @@ P = torch.zeros(1, 17, 8)
     [
         (lambda: vk.ops.resample_pos_embed(P[0], (4, 4)), ValueError, "posemb must have shape"),
         (lambda: vk.ops.resample_pos_embed(P.int(), (4, 4)), TypeError, "posemb must be of dtype"),
+        (lambda: vk.ops.resample_pos_embed(None, (4, 4)), TypeError, "posemb must be a Tensor"),
         (lambda: vk.ops.resample_pos_embed(P, (0, 4)), ValueError, r"new_size must be two positive integers, got \(0, 4\)"),
+        (lambda: vk.ops.resample_pos_embed(P, (-2, 4)), ValueError, "new_size must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed(P, (4,)), ValueError, "new_size must be two positive integers"),
-        (lambda: vk.ops.resample_pos_embed(P, (4, 4), (3, 5)), ValueError, "old_size must be two integers with product 16"),
+        (lambda: vk.ops.resample_pos_embed(P, (4.0, 5.0)), TypeError, "new_size must be two positive integers"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 4), (3, 5)), ValueError, "old_size must be .* with product 16"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 4), (-4, -4)), ValueError, "old_size must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), None, 0), ValueError, "old_size is needed, since 17 tokens"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), None, 17), ValueError, "num_prefix_tokens must leave at least one"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), interpolation="nearest"), ValueError, "interpolation must be one of"),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4), (0, 1)], None, 1), ValueError, "sizes must be two positive"),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4)]), ValueError, "old_size is needed, since 17 tokens"),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4)], None, 1, pad_to=0), ValueError, "pad_to must hold the 1 prefix"),
+        (lambda: vk.ops.resample_pos_embed_many(P.bool(), [(4, 4)]), TypeError, "posemb must be of dtype"),
     ],
 )
-def test_wrong_arguments_are_named(call, error, message):
+def test_wrong_arguments_are_named_before_any_work(call, error, message, monkeypatch):
+    monkeypatch.setattr("vitkernels._env.EXTENSION", None)  # and would be missed, were it called
     with pytest.raises(error, match=message):
         call()

@@ -1,11 +1,12 @@
 """Every registered operator: opcheck, and a launcher that takes exactly the operator's arguments."""
 
-import importlib
+import importlib.util
 import inspect
 
 import pytest
 import test_attention
 import test_layer_norm
+import test_pos_embed
 import torch
 from helpers import KERNEL_TESTS
 from torch.library import opcheck
@@ -13,8 +14,14 @@ from torch.library import opcheck
 from vitkernels.ops import _register
 
 pytestmark = KERNEL_TESTS
-# Kernel files, where launchers are, and the test module of their stem, which lists arguments for each of its operators.
-STEMS = {"layer_norm": test_layer_norm, "attention": test_attention, "attention_backward": test_attention}
+# Where launchers are (kernel files, or ops/ for those of csrc/), and the test module of their stem, which lists arguments for
+# each of its operators.
+STEMS = {
+    "layer_norm": test_layer_norm,
+    "attention": test_attention,
+    "attention_backward": test_attention,
+    "pos_embed": test_pos_embed,
+}
 
 
 def arguments(name=None):
@@ -34,7 +41,8 @@ def test_operators_pass_opcheck(name):
 
 
 @pytest.mark.parametrize("name", _register.NAMES)
-def test_operators_pass_opcheck_on_a_cpu_without_the_interpreter(name, no_interpreter):
+def test_operators_pass_opcheck_on_a_cpu_without_kernels(name, no_interpreter, monkeypatch):
+    monkeypatch.setattr("vitkernels._env.EXTENSION", None)
     with torch.device("cpu"):
         for args in arguments(name):
             opcheck(getattr(torch.ops.vitkernels, name), args)
@@ -43,17 +51,21 @@ def test_operators_pass_opcheck_on_a_cpu_without_the_interpreter(name, no_interp
 @pytest.mark.parametrize("name", _register.NAMES)
 def test_kernel_and_reference_of_an_operator_agree(name, no_interpreter, monkeypatch):
     for args in arguments(name):
-        reference = getattr(torch.ops.vitkernels, name)(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args))
+        with monkeypatch.context() as m:
+            m.setattr("vitkernels._env.EXTENSION", None)
+            reference = getattr(torch.ops.vitkernels, name)(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in args))
         with monkeypatch.context() as m:
             m.setattr("vitkernels._env.INTERPRETING", True)
             kernel = getattr(torch.ops.vitkernels, name)(*args)
+        kernel, reference = ((t,) if isinstance(t, torch.Tensor) else t for t in (kernel, reference))
         for a, b in zip(kernel, reference, strict=True):
             torch.testing.assert_close(a.cpu(), b, atol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", _register.NAMES)
 def test_a_launcher_has_the_arguments_of_its_schema(name):
-    modules = [importlib.import_module(f"vitkernels.kernels.{stem}") for stem in STEMS]
+    homes = [f"vitkernels.{layer}.{stem}" for stem in STEMS for layer in ("kernels", "ops")]
+    modules = [importlib.import_module(home) for home in homes if importlib.util.find_spec(home)]
     (launcher,) = [getattr(m, f"launch_{name}") for m in modules if hasattr(m, f"launch_{name}")]
     schema = getattr(torch.ops.vitkernels, name).default._schema
     assert list(inspect.signature(launcher).parameters) == [a.name for a in schema.arguments]

@@ -189,7 +189,7 @@ def test_another_layout_is_a_value_error_that_names_the_keys(layout):
         ({"grid": (2, 6)}, {"num_heads": 2}, "12 is no square, so img_size does not follow"),
         ({}, {"num_heads": 2, "in_chans": 1}, "192 is no square, so patch_size does not follow"),
         ({}, {"num_heads": 2, "patch_size": 7}, "do not have the 192 values"),
-        ({}, {"num_heads": 2, "img_size": 64}, "do not fit together.*pos_embed"),
+        ({"grid": (2, 6)}, {"num_heads": 2, "img_size": 64}, "do not fit together.*pos_embed"),
     ],
 )
 def test_sizes_that_weights_do_not_tell_are_value_errors_that_say_what_to_pass(made, arguments, message):

@@ -33,3 +33,15 @@ def extension() -> ModuleType | None:
     if importlib.util.find_spec("vitkernels._C") is None:
         return None
     return importlib.import_module("vitkernels._C")
+
+
+def _load_extension() -> ModuleType | None:
+    try:
+        return extension()
+    except ImportError:  # built for another Python or libc; `vitkernels info` shows the message
+        return None
+
+
+# The extension itself, loaded once: looking for it takes 20 us.
+EXTENSION = _load_extension()
+EXTENSION_HAS_CUDA = EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None

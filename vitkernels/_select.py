@@ -2,6 +2,7 @@
 
 ``auto``       the kernel on a GPU that it supports, else the PyTorch reference (logged once per reason, shown by ``explain``)
 ``fused``      the kernel, or ``RuntimeError`` with the reasons; on a CPU only under ``TRITON_INTERPRET=1``
+               (operators of the extension, which has CPU kernels, run them on a CPU under ``auto`` too)
 ``reference``  always the PyTorch reference
 """
 
@@ -108,7 +109,7 @@ def _architecture(device_index: int) -> str:
 _architecture._dynamo_marked_constant = True
 
 
-def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0) -> bool:
+def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:
     """Decide between kernel (``True``) and reference (``False``) for one call of ``op`` on ``x``.
 
     Args:
@@ -116,12 +117,13 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         x: the tensor whose device and size decide.
         why_not: reasons why the kernel cannot run.
         min_bytes: under ``auto``, smaller inputs run PyTorch's operator, which costs the host less to launch.
+        has_cpu_kernel: ``auto`` may choose the kernel for tensors of a CPU.
 
     Raises:
         RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
         ValueError: ``VITKERNELS_BACKEND`` names no policy.
     """
-    if _backend == "reference" or (_backend == "auto" and target(x) is None):
+    if _backend == "reference" or (_backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu)):
         return False
     _env.check_backend(_backend)
     reasons = why_not()
@@ -159,11 +161,24 @@ def why_not_here(*tensors: Tensor | None) -> list[str]:
             reasons.append("this PyTorch is not built for NVIDIA GPUs")
         elif not (_env.INTERPRETING and first.device.type == "cpu"):
             reasons.append(f"kernels run on CUDA tensors, got {first.device.type} (TRITON_INTERPRET=1 interprets them on cpu)")
-    elif int(arch.removeprefix("sm_")) < 10 * MIN_CAPABILITY[0] + MIN_CAPABILITY[1]:
-        reasons.append(f"{arch} is older than sm_{MIN_CAPABILITY[0]}{MIN_CAPABILITY[1]}")
-    if any(is_traceable_wrapper_subclass(t) for t in present):
+    else:
+        reasons += why_not_arch(arch)
+    return reasons + why_not_opaque(present)
+
+
+def why_not_arch(arch: str) -> list[str]:
+    """A reason when the GPU architecture is too old."""
+    if int(arch.removeprefix("sm_")) < 10 * MIN_CAPABILITY[0] + MIN_CAPABILITY[1]:
+        return [f"{arch} is older than sm_{MIN_CAPABILITY[0]}{MIN_CAPABILITY[1]}"]
+    return []
+
+
+def why_not_opaque(tensors: list[Tensor]) -> list[str]:
+    """Reasons, common to all operators, why an opaque operator would not see what these tensors stand for."""
+    reasons = []
+    if any(is_traceable_wrapper_subclass(t) for t in tensors):
         reasons.append("a tensor subclass needs PyTorch's own operators")
-    if _under_functorch(present):
+    if _under_functorch(tensors):
         reasons.append("torch.func transforms and forward-mode derivatives need PyTorch's own operators")
     return reasons
 

@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .. import _select
-from ..ops._register import FLOPS
 from ._chips import Chip
 
 _OVERWRITES = ("copy_", "fill_", "zero_")  # in-place operators that do not read what they write
@@ -162,9 +161,6 @@ def _changed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _flops(func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> int:
-    if func.namespace == "vitkernels":
-        ours = FLOPS.get(func._schema.name.partition("::")[2])
-        return 0 if ours is None else ours(*args, **kwargs)
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 

@@ -33,6 +33,14 @@ WRITES = {
     "_attention_stream_fwd_kernel": ("out_ptr", "row_max_ptr", "log_sum_ptr"),
 }
 
+
+def _flops(q_ptr, num_keys, cu_seqlens_ptr=None, num_images=1, **_) -> int:
+    """Of both products; packed images are taken to be equally long."""
+    return 4 * q_ptr.numel() * (num_keys if cu_seqlens_ptr is None else num_keys // num_images)
+
+
+FLOPS = {"_attention_fwd_kernel": _flops, "_attention_stream_fwd_kernel": _flops}
+
 # Chips (compute capability / 10) whose products read shared memory: elsewhere a resident K and V would fill the registers.
 _READS_SHARED = (9, 10)
 

@@ -49,6 +49,15 @@ if TYPE_CHECKING:
 WRITES = {"_attention_bwd_kernel": ("statistics_ptr", "dq_ptr", "dk_ptr", "dv_ptr")}
 
 
+def _flops(q_ptr, num_keys, num_images, cu_seqlens_ptr, dq_ptr, dk_ptr, **_) -> int:
+    """Three products for dq, four for dk and dv; packed images are taken to be equally long."""
+    products = 3 * (dq_ptr is not None) + 4 * (dk_ptr is not None)
+    return 2 * products * q_ptr.numel() * (num_keys if cu_seqlens_ptr is None else num_keys // num_images)
+
+
+FLOPS = {"_attention_bwd_kernel": _flops}
+
+
 # One block of queries, or of keys.
 
 

@@ -19,6 +19,7 @@ from ._device import multiprocessors
 
 # The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
 WRITES = {"_attention_dbias_kernel": ("dbias_ptr",), "_sum_partials_kernel": ("out_ptr",)}
+FLOPS = {"_attention_dbias_kernel": lambda q_ptr, num_keys, **_: 4 * q_ptr.numel() * num_keys}
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from ._swap import FUSED_CLASSES, fuse_classes, unfuse_classes
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
+from .naflexvit import FusedNaFlexEmbeds
 from .patch_embed import FusedPatchEmbed
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from .vit_pytorch import load_vit_pytorch
@@ -11,6 +12,7 @@ __all__ = [
     "FUSED_CLASSES",
     "FusedAttentionPool",
     "FusedBlock",
+    "FusedNaFlexEmbeds",
     "FusedPatchEmbed",
     "VisionTransformer",
     "fuse_classes",

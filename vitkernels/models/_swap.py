@@ -4,12 +4,14 @@ import inspect
 
 from torch import nn
 
+from ._positions import FusedPositions
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
+from .naflexvit import FusedNaFlexEmbeds
 from .patch_embed import FusedPatchEmbed
 
 # By exact class. Each fused class has `stock`, its timm class, and `why_not(module)`.
-_FUSED = (FusedBlock, FusedPatchEmbed, FusedAttentionPool)
+_FUSED = (FusedBlock, FusedPatchEmbed, FusedAttentionPool, FusedNaFlexEmbeds)
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {cls.stock: cls for cls in _FUSED}
 
 # timm's forwards as read (1.0.26 to 1.0.31); another signature means another meaning, which is not guessed.
@@ -25,15 +27,21 @@ def fuse_classes(model: nn.Module) -> None:
         signature = tuple(inspect.signature(cls.stock.forward).parameters)
         if signature != known:
             raise RuntimeError(f"this timm's {cls.stock.__name__}.forward takes {signature}, vitkernels knows {known}")
-    _swap(model, FUSED_CLASSES)
+    _swap(model, _all_classes())
 
 
 def unfuse_classes(model: nn.Module) -> None:
     """The reverse; ``RuntimeError`` if something else has put its own class over a fused one."""
-    fused = tuple(FUSED_CLASSES.values())
-    if any(isinstance(module, fused) and type(module) not in fused for module in model.modules()):
+    fused = tuple(_all_classes().values())
+    changed = (m for m in model.modules() if isinstance(m, fused) and type(m) not in fused)
+    if any(not getattr(module, "fused_from_the_start", False) for module in changed):
         raise RuntimeError("a fused module's class was changed by something else (FSDP): unfuse before wrapping the model")
-    _swap(model, {cls: stock for stock, cls in FUSED_CLASSES.items()})
+    _swap(model, {cls: stock for stock, cls in _all_classes().items()})
+
+
+def _all_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """With the one that ``explain`` does not list: the model, whose forward stays timm's but for the resampled positions."""
+    return FUSED_CLASSES | {FusedPositions.stock: FusedPositions}
 
 
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

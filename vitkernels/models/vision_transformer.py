@@ -4,25 +4,31 @@ A. Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/20
 """
 
 import inspect
+import logging
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import vision_transformer as timm_vit
-from torch import nn
+from torch import Tensor, nn
 
+from ..ops import resample_pos_embed
+from ._positions import FusedPositions
 from ._swap import fuse_classes
+
+_logger = logging.getLogger("vitkernels")
 
 _INIT = inspect.signature(timm_vit.VisionTransformer.__init__)
 _POS_EMBED = ("learn", "sincos2d", "none", "")
 
 
-class VisionTransformer(timm_vit.VisionTransformer):
+class VisionTransformer(FusedPositions):
     """``timm.models.vision_transformer.VisionTransformer`` with its blocks and patch embedding fused from the start.
 
-    Every argument and method of timm's, and its state dicts load with ``strict=True``. images (B, C, H, W) -> logits
-    (B, classes). What it adds:
+    Every argument and method of timm's, and its state dicts load with ``strict=True``, also those of another square resolution:
+    their positions are resampled as timm does at loading. images (B, C, H, W) -> logits (B, classes). What it adds:
 
     Args:
         pos_embed: ``"learn"``, ``"none"`` (or ``""``) as in timm, or ``"sincos2d"``: fixed sinusoids
@@ -43,6 +49,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     # No annotated class attributes: TorchScript reads timm's through the instance, and ours would hide them.
     fixed_pos_embed = False
+    fused_from_the_start = True  # unfuse leaves this class alone
 
     def __init__(self, *args, representation_size=None, **kwargs):
         bound = _INIT.bind(self, *args, **kwargs)
@@ -89,6 +96,26 @@ class VisionTransformer(timm_vit.VisionTransformer):
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         if self.pos_embed is not None:
             self.pos_embed.requires_grad_(trains)  # timm < 1.0.29 forgets
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Positions of another square grid are resampled to this one's; the state dict itself is left as it is."""
+        name = f"{prefix}pos_embed"
+        resampled = self._resampled_from(state_dict.get(name))
+        if resampled is not None:
+            state_dict = {**state_dict, name: resampled}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    @torch.no_grad()
+    def _resampled_from(self, posemb: Any) -> Tensor | None:
+        if not isinstance(posemb, Tensor) or self.pos_embed is None or posemb.dim() != 3:
+            return None
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        tokens, grid = posemb.shape[1] - prefix, self.patch_embed.grid_size
+        same_kind = posemb.shape[::2] == self.pos_embed.shape[::2] and posemb.is_floating_point()
+        if not same_kind or posemb.shape == self.pos_embed.shape or tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+            return None  # it fits, or PyTorch's error says why not
+        _logger.info("Resized position embedding: %d tokens to a grid of %s.", tokens, grid)
+        return resample_pos_embed(posemb, grid, None, prefix)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's, then the fine-tuning head of section 3.2: the whole pre-training head goes, the new layer is zero."""

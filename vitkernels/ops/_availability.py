@@ -17,7 +17,7 @@ def availability(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
         return torch.empty(shape, device=device, dtype=dtype)
 
     rows, weight, heads = empty(2, 64), empty(64, 64), empty(1, 2, 1, 64)
-    attention = attention_why_not(heads, heads, heads)
+    attention, resampling = attention_why_not(heads, heads, heads), pos_embed_why_not(rows[None])
     return {
         "patch_embed": patch_embed_why_not(empty(1, 3, 16, 16), empty(64, 3, 16, 16)),
         "layer_norm": layer_norm_why_not(rows),
@@ -26,5 +26,6 @@ def availability(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
         "attention_qkv": attention,
         "linear": linear_why_not(rows, weight),
         "mlp": mlp_why_not(rows, weight, weight),
-        "resample_pos_embed": pos_embed_why_not(rows[None]),
+        "resample_pos_embed": resampling,
+        "resample_pos_embed_many": resampling,
     }

@@ -13,8 +13,6 @@ from .. import _env
 
 _library = torch.library.Library("vitkernels", "DEF")
 NAMES: list[str] = []
-# FLOPs of matrix products by operator, from its arguments. torch.utils.flop_counter has a registry, but imports Triton.
-FLOPS: dict[str, Callable[..., int]] = {}
 
 
 def register(
@@ -23,7 +21,7 @@ def register(
     fake: Callable[..., Any],
     stem: str,
     reference: Callable[..., Any],
-    flops: Callable[..., int] | None = None,
+    extension: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``vitkernels::<name>`` by its schema ``"name(arguments) -> results"``.
 
@@ -32,14 +30,14 @@ def register(
             are gone when a compiled graph runs.
         fake: same arguments, returns empty tensors of the right shapes, dtypes and strides.
         stem: ``kernels/<stem>.py`` holds ``launch_<name>`` with the same arguments. It is imported at the first launch.
+        extension: instead of that, the launcher of a kernel in ``vitkernels._C``, which runs on CPUs too where it is built.
         reference: same arguments and results by PyTorch's operators; what the operator does on a CPU that does not interpret.
-        flops: same arguments, returns the FLOPs of its matrix products; None if it has none.
     """
     name = schema.partition("(")[0]
-    if flops is not None:
-        FLOPS[name] = flops
 
     def launch(*args: Any) -> Any:
+        if extension is not None:
+            return extension(*args)
         return getattr(importlib.import_module(f"vitkernels.kernels.{stem}"), f"launch_{name}")(*args)
 
     def on_cuda(*args: Any) -> Any:
@@ -48,7 +46,8 @@ def register(
             return launch(*args)
 
     def on_cpu(*args: Any) -> Any:
-        return (launch if _env.INTERPRETING else reference)(*args)
+        native = _env.INTERPRETING if extension is None else _env.EXTENSION is not None
+        return (launch if native else reference)(*args)
 
     _library.define(schema)
     _library.impl(name, on_cuda, "CUDA")

@@ -71,19 +71,12 @@ def _attention_fwd_reference(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow
     return out.transpose(1, 2).to(q.dtype).contiguous(), row_max, log_sum
 
 
-def _product_flops(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Of one product of queries and keys; packed images are taken to be equally long."""
-    keys = k.shape[-3] if cu_seqlens is None else k.shape[-3] // max(cu_seqlens.shape[0] - 1, 1)
-    return 2 * q.numel() * keys
-
-
 register(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cu_seqlens, int max_seqlen, float scale,"
     " bool allow_tf32) -> (Tensor out, Tensor row_max, Tensor log_sum)",
     fake=_attention_fwd_fake,
     stem="attention",
     reference=_attention_fwd_reference,
-    flops=lambda q, k, v, bias, cu_seqlens, *_: 2 * _product_flops(q, k, cu_seqlens),
 )
 
 
@@ -126,7 +119,6 @@ register(
     fake=_attention_bwd_fake,
     stem="attention_backward",
     reference=_attention_bwd_reference,
-    flops=lambda *args: 5 * _product_flops(args[1], args[2], args[8]),  # that are needed: one computes the logits again
 )
 
 
@@ -151,7 +143,6 @@ register(
     fake=_attention_qkv_bwd_fake,
     stem="attention_backward",
     reference=_attention_qkv_bwd_reference,
-    flops=lambda dout, qkv, *rest: 5 * _product_flops(dout, dout, rest[4]),
 )
 
 

@@ -9,7 +9,7 @@ from .layer_norm import add_layer_norm, layer_norm
 from .linear import linear
 from .mlp import mlp
 from .patch_embed import patch_embed
-from .pos_embed import resample_pos_embed
+from .pos_embed import resample_pos_embed, resample_pos_embed_many
 
 __all__ = [
     "add_layer_norm",
@@ -20,4 +20,5 @@ __all__ = [
     "mlp",
     "patch_embed",
     "resample_pos_embed",
+    "resample_pos_embed_many",
 ]

@@ -3,10 +3,16 @@
     (1)  the P prefix rows pass through, the h*w others form an image of D channels
     (2)  that image is interpolated in float32 (float64 stays) and cast back once
 
+Interpolation is separable: with a matrix R_h (h', h) of weights along an axis, and the gradient is its transpose,
+
+    (3)  y[i, j] = sum over r of R_h[i, r] * (sum over c of R_w[j, c] * x[r, c])
+    (4)  dx[r, c] = sum over i of R_h[i, r] * (sum over j of R_w[j, c] * dy[i, j])
+
 Bicubic kernels differ: a = -0.5 with antialiasing and a = -0.75 without (PyTorch's ``interpolate``).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +26,83 @@ def resample_pos_embed(
     num_prefix_tokens: int = 1,
     interpolation: str = "bicubic",
     antialias: bool = True,
+    *,
+    align_corners: bool = False,
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.resample_pos_embed``."""
     if unchanged(posemb, new_size, old_size, num_prefix_tokens):
         return posemb
-    if old_size is None:
-        side = math.isqrt(posemb.shape[1] - num_prefix_tokens)
-        old_size = (side, side)
-    prefix, grid = posemb[:, :num_prefix_tokens], posemb[:, num_prefix_tokens:]
-    image = grid.to(torch.promote_types(torch.float32, grid.dtype))
+    arguments = (posemb, [new_size], grid_of(posemb, old_size, num_prefix_tokens), num_prefix_tokens)
+    return copies(*arguments, interpolation, antialias, align_corners)[None]
+
+
+def resample_pos_embed_many(
+    posemb: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    old_size: tuple[int, int] | None = None,
+    num_prefix_tokens: int = 0,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    *,
+    align_corners: bool = False,
+    preserve_aspect_ratio: bool = False,
+    pad_to: int | None = None,
+) -> Tensor:
+    """Equations (1) and (2) for each size. See ``vitkernels.ops.resample_pos_embed_many``."""
+    arguments = (posemb, sizes, grid_of(posemb, old_size, num_prefix_tokens), num_prefix_tokens)
+    rows = copies(*arguments, interpolation, antialias, align_corners, preserve_aspect_ratio, pad_to)
+    return rows if pad_to is None else rows.reshape(len(sizes), pad_to, -1)
+
+
+def copies(
+    posemb: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    old_size: tuple[int, int],
+    num_prefix_tokens: int,
+    interpolation: str,
+    antialias: bool,
+    align_corners: bool,
+    preserve_aspect_ratio: bool = False,
+    pad_to: int | None = None,
+    compute: torch.dtype | None = None,
+) -> Tensor:
+    """Rows (total, D): a copy for each size, prefix rows included; with ``pad_to``, each cut or padded with zeros to it.
+
+    ``compute`` is the dtype of equation (2), by default the promotion of float32 and ``posemb``'s.
+    """
+    prefix, grid = posemb[0, :num_prefix_tokens], posemb[:, num_prefix_tokens:]
+    image = grid.to(compute or torch.promote_types(torch.float32, grid.dtype))
     image = image.reshape(1, *old_size, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    image = F.interpolate(image, size=tuple(new_size), mode=interpolation, antialias=antialias)
-    grid = image.permute(0, 2, 3, 1).reshape(1, -1, posemb.shape[-1]).to(posemb.dtype)
-    return torch.cat([prefix, grid], dim=1) if num_prefix_tokens else grid
+    mode = {"mode": interpolation, "antialias": antialias, "align_corners": align_corners}
+    found = []
+    for size in sizes:
+        # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
+        same = not torch.compiler.is_exporting() and tuple(size) == tuple(old_size)
+        full = (max(size), max(size)) if preserve_aspect_ratio else tuple(size)  # timm's NaFlex: the square, upper left kept
+        copy = grid[0]
+        if not same:
+            resampled = F.interpolate(image, size=full, **mode)[:, :, : size[0], : size[1]]
+            copy = resampled.permute(0, 2, 3, 1).reshape(-1, posemb.shape[-1]).to(posemb.dtype)
+        copy = torch.cat([prefix, copy]) if num_prefix_tokens else copy
+        found.append(copy if pad_to is None else F.pad(copy[:pad_to], (0, 0, 0, pad_to - min(copy.shape[0], pad_to))))
+    if not found:
+        return posemb[0, :0]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def resampling_matrix(old: int, new: int, interpolation: str, antialias: bool, align_corners: bool) -> Tensor:
+    """R (new, old) of equation (3), in float32 on the CPU."""
+    image = torch.eye(old, device="cpu", dtype=torch.float32)[None, None]
+    # A second axis of the same size stays as it is: on one of size 1, F.interpolate with antialias is wrong on CPUs (2.15).
+    return F.interpolate(image, size=(new, old), mode=interpolation, antialias=antialias, align_corners=align_corners)[0, 0]
+
+
+def grid_of(posemb: Tensor, old_size: tuple[int, int] | None, num_prefix_tokens: int) -> tuple[int, int]:
+    """(h, w): the given one, or the square of as many tokens."""
+    if old_size is not None:
+        return old_size
+    side = math.isqrt(posemb.shape[1] - num_prefix_tokens)
+    return side, side
 
 
 def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:

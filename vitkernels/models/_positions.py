@@ -1,0 +1,58 @@
+"""timm's ``VisionTransformer`` with its positions resampled by ``vitkernels.ops.resample_pos_embed``, at every call.
+
+There is no cache: it could serve stale values, since an edit of ``p.data`` leaves no trace.
+"""
+
+import functools
+
+import torch
+import torch.fx
+from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..ops import resample_pos_embed
+
+torch.fx.wrap("resample_pos_embed")
+
+_SHIPPED = VisionTransformer._pos_embed, VisionTransformer.set_input_size
+
+
+class FusedPositions(VisionTransformer):
+    """``timm.models.vision_transformer.VisionTransformer``; swapped in by ``vitkernels.fuse`` for that class exactly."""
+
+    stock = VisionTransformer  # unannotated: TorchScript reads timm's annotations through the instance
+    fused_from_the_start = False
+
+    # wraps: inspect and TorchScript, which compiles source, see timm's methods.
+    @functools.wraps(VisionTransformer._pos_embed)
+    def _pos_embed(self, x):
+        if not self.dynamic_img_size or self.pos_embed is None or VisionTransformer._pos_embed is not _SHIPPED[0]:
+            return super()._pos_embed(x)
+        batch, height, width, channels = x.shape
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        pos_embed = resample_pos_embed(self.pos_embed, (height, width), self.patch_embed.grid_size, prefix)
+        x = x.view(batch, -1, channels)
+        tokens = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.no_embed_class:
+            x = torch.cat([*tokens, x + pos_embed], dim=1) if tokens else x + pos_embed
+        else:
+            x = (torch.cat([*tokens, x], dim=1) if tokens else x) + pos_embed
+        return self.pos_drop(x)
+
+    @functools.wraps(VisionTransformer.set_input_size)
+    def set_input_size(self, img_size=None, patch_size=None):
+        if self.pos_embed is None or VisionTransformer.set_input_size is not _SHIPPED[1]:
+            return super().set_input_size(img_size=img_size, patch_size=patch_size)
+        pos_embed, old_size = self.pos_embed, self.patch_embed.grid_size
+        self.pos_embed = None  # timm then resizes all else
+        try:
+            super().set_input_size(img_size=img_size, patch_size=patch_size)
+        finally:
+            self.pos_embed = pos_embed
+        new_size = self.patch_embed.grid_size
+        if new_size != old_size:
+            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            with torch.no_grad():
+                resampled = resample_pos_embed(pos_embed, new_size, old_size, prefix)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=pos_embed.requires_grad)
