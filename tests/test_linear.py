@@ -100,7 +100,7 @@ def test_everything_with_everything_is_within_budget(scale, drop, residual, act,
     check(variant, leading, N, K, dtype, act, scale, drop, residual)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 70),  # fewer elements can all lie where silu' is zero, and rounding decides what is left of it
     N=st.integers(8, 150),
@@ -129,13 +129,12 @@ def test_a_norm_trains_with_the_linear(act, variant):
     assert_matches_reference(kernel, of(vk.reference.linear), inputs, [torch.randn(2, 37, 80)])
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["one block", "small blocks"])
+@pytest.mark.parametrize("subtiles", [1, 2, 4])
 @pytest.mark.parametrize("variant", ["pointer", "descriptor"])
-def test_many_tiles_in_groups_store_every_element(variant, small, monkeypatch):
-    """Small blocks: 5 x 5 tiles, groups of 2 rows of tiles, the last of them short, several steps in K."""
-    if small:
-        config = kernels.GemmConfig(variant, 16, 16, 16, num_warps=4, num_stages=2, group_m=2)
-        monkeypatch.setattr(kernels, "_default", lambda arch: config)
+def test_many_tiles_in_groups_store_every_element(variant, subtiles, monkeypatch):
+    """5 x 3 tiles, groups of 2 rows of tiles, the last of them short, several steps in K."""
+    config = kernels.GemmConfig(variant, 16, 32, 16, num_warps=4, num_stages=2, group_m=2, subtiles=subtiles)
+    monkeypatch.setattr(kernels, "_default", lambda arch: config)
     check(variant, (2, 37), 80, 40, torch.bfloat16, "gelu")
 
 

@@ -53,7 +53,7 @@ def check(variant, leading, D, F, dtype, act="gelu", drop=True, without=(), **op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_every_activation_is_within_budget(act, dtype, variant):
-    check(variant, (2, 37), 48, 80, dtype, act)
+    check(variant, (3, 37), 48, 80, dtype, act)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -69,7 +69,7 @@ def test_tails_in_every_dimension_are_within_budget(leading, D, F, variant):
     check(variant, leading, D, F, torch.bfloat16)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 50),
     D=st.integers(8, 100),

@@ -12,8 +12,8 @@ costs 144 us, so a GEMM at 0.68 of cuBLAS's speed breaks even. A tuned table dec
 
 The epilogue works on the float32 accumulator and rounds once. erf is a polynomial (``_activation.py``), since ``erf`` costs
 more instructions than the tensor cores leave idle. The descriptor kernel (sm_90 on) is persistent, and stores the tile in
-two halves, so that staging it takes half the shared memory and two blocks fit on an SM: one multiplies while the other is in
-its epilogue. Below sm_90 descriptors turn into scalar code, so the pointer kernel runs there, and wherever a row is not a
+quarters, so that staging it takes 8 instead of 32 KB of shared memory and two blocks fit on an SM: one multiplies while the
+other is in its epilogue. Below sm_90 descriptors turn into scalar code, so the pointer kernel runs there, and where rows are no
 multiple of 16 bytes.
 """
 
@@ -55,7 +55,7 @@ class GemmConfig:
     Attributes:
         kernel: ``pointer``, or ``descriptor`` (TMA, persistent).
         block_m, block_n, block_k: the tile; group_m: tiles of M that are walked together, for the L2 cache.
-        subtiles: parts in which the descriptor kernel stores its tile, 1 or 2.
+        subtiles: parts in which the descriptor kernel stores its tile, 1, 2 or 4.
         programs_per_sm: of the descriptor kernel's grid.
     """
 
@@ -66,7 +66,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    subtiles: int = 2
+    subtiles: int = 4
     programs_per_sm: int = 2
 
 
@@ -94,19 +94,9 @@ def _vector(ptr, cols, N):
 
 @triton.jit
 def _epilogue(
-    z,
-    rows,
-    cols,
-    layer_scale_ptr,
-    drop_path_ptr,
-    residual_ptr,
-    M,
-    N,
-    residual_stride,
-    rows_per_sample,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    z, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample,
+    ACT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Eq. (3) on a tile, in float32."""
     y = activation(z, ACT, EXACT)
     if layer_scale_ptr is not None:
@@ -183,22 +173,9 @@ def _linear_pointer_kernel(
 
 @triton.jit
 def _store_part(
-    part,
-    first_row,
-    first_col,
-    y_desc,
-    z_desc,
-    bias_ptr,
-    layer_scale_ptr,
-    drop_path_ptr,
-    residual_ptr,
-    M,
-    N,
-    residual_stride,
-    rows_per_sample,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    part, first_row, first_col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
+    M, N, residual_stride, rows_per_sample, ACT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     rows = first_row + tl.arange(0, part.shape[0])
     cols = first_col + tl.arange(0, part.shape[1])
     if bias_ptr is not None:
@@ -209,6 +186,34 @@ def _store_part(
         part, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample, ACT, EXACT
     )
     y_desc.store([first_row, first_col], y.to(y_desc.dtype))
+
+
+@triton.jit
+def _halves(tile):
+    """Its left and right half."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_parts(
+    half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
+    M, N, residual_stride, rows_per_sample, ACT: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    if PARTS == 1:
+        _store_part(
+            half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
+            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+        )  # fmt: skip
+    else:
+        left, right = _halves(half)
+        _store_part(
+            left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
+            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+        )  # fmt: skip
+        _store_part(
+            right, row, col + half.shape[1] // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
+            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -259,15 +264,14 @@ def _linear_descriptor_kernel(
                 M, N, residual_stride, rows_per_sample, ACT, EXACT,
             )  # fmt: skip
         else:
-            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            _store_part(
+            left, right = _halves(acc)
+            _store_parts(
                 left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, ACT, EXACT,
+                M, N, residual_stride, rows_per_sample, ACT, EXACT, SUBTILES // 2,
             )  # fmt: skip
-            _store_part(
+            _store_parts(
                 right, row, col + BLOCK_N // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, ACT, EXACT,
+                M, N, residual_stride, rows_per_sample, ACT, EXACT, SUBTILES // 2,
             )  # fmt: skip
 
 
@@ -348,14 +352,11 @@ def _linear_bwd_kernel(
         tl.store(dlayer_scale_ptr + partial, tl.sum(dlayer_scale, axis=0), mask=cols < N)
 
 
-# Elementwise tiles: 16 float32 elements a thread of each tensor, 256 columns or what covers N.
-_ELEMENTS = 2048
-
-
 def _elementwise_tile(N: int) -> dict[str, int]:
+    """16 float32 elements a thread of each tensor: 8 rows of 256 columns at a ViT's widths."""
     block_n = min(max(triton.next_power_of_2(N), 16), 256)
     # enable_fp_fusion is today's default, written down because Triton 3.10 flips it.
-    return {"ROWS": _ELEMENTS // block_n, "BLOCK_N": block_n, "num_warps": 4, "enable_fp_fusion": True}
+    return {"ROWS": min(2048 // block_n, 16), "BLOCK_N": block_n, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _rows(x: Tensor) -> Tensor:
