@@ -15,7 +15,7 @@ from torch import nn
 
 import vitkernels as vk
 from vitkernels import _env, _select
-from vitkernels.kernels import _tuned
+from vitkernels.kernels import _tuned, linear_bwd
 from vitkernels.kernels import linear as kernels
 from vitkernels.ops.linear import why_not
 
@@ -208,7 +208,7 @@ def test_results_are_bitwise_reproducible_and_do_not_depend_on_the_grad_mode(var
 
 
 def test_sums_over_rows_add_up_any_number_of_partial_sums(monkeypatch):
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 12)
+    monkeypatch.setattr(linear_bwd, "multiprocessors", lambda device: 12)
     check("cublas", (2, 200), 80, 48, torch.float32, "gelu")
 
 
@@ -247,7 +247,7 @@ def test_gelu_is_right_to_the_rounding_at_every_finite_16_bit_input(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     z = every[every.isfinite()].view(1, -1)
     y = torch.empty_like(z)
-    tile = kernels._elementwise_tile(z.shape[1])
+    tile = kernels.elementwise_tile(z.shape[1])
     kernels._linear_epilogue_kernel[(1, -(-z.shape[1] // tile["BLOCK_N"]))](
         z, None, None, None, y, 1, z.shape[1], 0, 1, ACT="gelu", EXACT=False, **tile
     )
@@ -411,6 +411,12 @@ def opcheck_arguments():
             (dy, z, "silu", scale, None, f32, True, False, True, True),
             (dy, None, None, None, dropped, bf16, True, False, True, False),
             (dy, None, None, None, None, f32, False, False, True, False),
+            (dy, z, None, scale, None, f32, True, False, True, True),
+        ],
+        "layer_scale_bwd": [
+            (weight + 1, bias, weight, scale, scale, True, True, True),
+            ((weight + 1).bfloat16(), bias, weight.bfloat16(), None, scale, True, False, True),
+            (weight + 1, bias, weight, scale.bfloat16(), scale, False, True, False),
         ],
     }
 
@@ -434,10 +440,27 @@ def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_tiny_layer_scale_keeps_its_gradients(dtype):
+    """gamma is 1e-5 at first: its product with a weight vanishes in float16, and what it has not scaled yet overflows."""
+    inputs, _ = tensors((2, 500), 80, 48, dtype)
+    inputs[0], inputs[1], inputs[2] = inputs[0] * 30, inputs[1] * 0.1, inputs[2] * 0.1
+    inputs[3] = torch.full((80,), 1e-5, dtype=dtype)
+
+    def of(function):
+        return lambda x, weight, bias, scale, residual: function(x, weight, bias, layer_scale=scale, residual=residual)
+
+    def kernel(*args):
+        with running("cublas"):
+            return of(vk.ops.linear)(*args)
+
+    assert_matches_reference(kernel, of(vk.reference.linear), inputs, [100 * torch.randn(2, 500, 80).sign()])
+
+
 def test_frozen_parameters_get_no_gradient():
     inputs, _ = tensors((2, 9), 32, 48, torch.float32)
-    for trained in range(5):
-        leaves = [t.clone().requires_grad_(i == trained) for i, t in enumerate(inputs)]
+    for trained, dtype in itertools.product(range(5), DTYPES):
+        leaves = [t.to(dtype, copy=True).requires_grad_(i == trained) for i, t in enumerate(inputs)]
         with running("cublas"):
             vk.ops.linear(*leaves[:3], layer_scale=leaves[3], residual=leaves[4]).sum().backward()
         assert [t.grad is not None for t in leaves] == [i == trained for i in range(5)]

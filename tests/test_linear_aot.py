@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import json, sys
+from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.cli.inspect import _row
-from vitkernels.kernels import _aot, linear
+from vitkernels.kernels import _aot, linear, linear_bwd
 
 rows = []
 for arch in (80, 90):
@@ -18,7 +19,8 @@ for arch in (80, 90):
         for N, K, name, act, kind in ((3072, 768, "fc1", "gelu", "bf16 train"), (768, 3072, "fc2", None, "autocast")):
             linear._aot_gemm(128 * 197, N, K, name, act, kind, "triton")
         linear._aot_gemm(128 * 197, 3072, 768, "fc1", "gelu", "bf16 train", "cublas")
-        linear._aot_backward(128 * 197, 3072, "gelu")
+        for launch in dict(linear_bwd.aot_launches(WORKLOADS[2])).values():
+            launch()
     rows += [_row("linear", ["B/16"], _aot.read(kernel, arch)) for kernel in compiled]
 json.dump(rows, sys.stdout)
 """
@@ -33,6 +35,9 @@ def rows(tmp_path_factory):
     return json.loads(result.stdout)
 
 
+_PASSES = ("_linear_epilogue_kernel", "_linear_bwd_kernel", "_layer_scale_bwd_kernel")
+
+
 def gemms(rows, arch):
     kernel = "_linear_descriptor_kernel" if arch >= 90 else "_linear_pointer_kernel"
     return [row for row in rows if row["arch"] == arch and row["kernel"] == kernel]
@@ -45,7 +50,7 @@ def assert_sound(row):
 
 
 def test_nothing_spills_and_shared_memory_suffices(rows):
-    assert len(rows) == 10
+    assert len({row["kernel"] for row in rows}) == 6
     for row in rows:
         assert_sound(row)
 
@@ -67,16 +72,18 @@ def test_ampere_multiplies_with_hmma_and_copies_asynchronously(rows):
 
 
 def test_elementwise_kernels_access_128_bits_at_a_time(rows):
-    passes = [row for row in rows if row["kernel"] in ("_linear_epilogue_kernel", "_linear_bwd_kernel")]
-    assert len(passes) == 4
+    passes = [row for row in rows if row["kernel"] in _PASSES]
+    assert len(passes) >= 4
     for row in passes:
-        assert row["wide_global"] >= 0.8 * row["global_accesses"], row
-        assert row["blocks_per_sm"] >= 6
+        narrow = row["global_accesses"] - row["wide_global"]
+        assert narrow <= 4, row  # sums, and what there is one of for each column or row
+        assert row["blocks_per_sm"] >= 6, row
 
 
 @pytest.mark.slow
-def test_every_workload_on_every_architecture(tmp_path):
-    result = inspect("linear", "--arch", "80,86,89,90,100,120", "--fail-on", "spills,smem,no-mma", "--json", cache=tmp_path)
+@pytest.mark.parametrize("stem", ["linear", "linear_bwd"])
+def test_every_workload_on_every_architecture(stem, tmp_path):
+    result = inspect(stem, "--arch", "80,86,89,90,100,120", "--fail-on", "spills,smem,no-mma", "--json", cache=tmp_path)
     assert result.returncode == 0, result.stderr
     for row in json.loads(result.stdout)["rows"]:
         assert_sound(row)

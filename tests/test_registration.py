@@ -14,7 +14,7 @@ from vitkernels.ops import _register
 
 pytestmark = KERNEL_TESTS
 # A stem with kernels: where its launchers are, and its test module, which lists arguments for each of its operators.
-STEMS = {"layer_norm": test_layer_norm, "linear": test_linear}
+STEMS = {"layer_norm": test_layer_norm, "linear": test_linear, "linear_bwd": test_linear}
 
 
 def arguments(name=None):

@@ -1,11 +1,10 @@
-"""Linear layer with a fused epilogue, and the elementwise kernels of its cuBLAS plan and its backward.
+"""Linear layer with a fused epilogue, and the elementwise kernel of its cuBLAS plan. The backward is in ``linear_bwd.py``.
 
 Equation numbers are those of ``reference/linear.py``: (2) is z = h @ weight^T + bias, (3) is y = residual + drop_path *
 layer_scale * act(z). Bytes and floor, M rows, s bytes an element, p = 2 M N K FLOPs:
 
     plan triton   one kernel         reads M K + N K (+ M N of the residual), writes M N (+ M N of z for training)
     plan cublas   F.linear, then     the same GEMM without its epilogue, then reads M N (+ M N), writes M N
-    backward      one kernel         reads dy, z, writes dz, act(z): 4 M N s; the four GEMMs are PyTorch's
 
 ViT-B/16 at B = 256, fc1 on an H200 (790 TFLOP/s, 4.3 TB/s): p = 238 GFLOP, 301 us; the pass over z that the epilogue saves
 costs 144 us, so a GEMM at 0.68 of cuBLAS's speed breaks even. A tuned table decides (``_tuned.py``); no entry is cuBLAS.
@@ -31,9 +30,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _tuned
-from ._activation import activation, activation_and_derivative
+from ._activation import activation
 from ._device import multiprocessors
-from .layer_norm import _parameter_gradients_kernel
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -43,8 +41,6 @@ WRITES = {
     "_linear_pointer_kernel": ("y_ptr", "z_ptr"),
     "_linear_descriptor_kernel": ("y_ptr", "z_ptr"),
     "_linear_epilogue_kernel": ("y_ptr",),
-    "_linear_bwd_kernel": ("dz_ptr", "u_ptr", "dbias_ptr", "dlayer_scale_ptr"),
-    "_parameter_gradients_kernel": ("dweight_ptr", "dbias_ptr", "dlayer_scale_ptr"),
 }
 
 
@@ -88,7 +84,7 @@ def _tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.
 
 
 @triton.jit
-def _vector(ptr, cols, N):
+def vector(ptr, cols, N):
     return tl.load(ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
 
 
@@ -100,7 +96,7 @@ def _epilogue(
     """Eq. (3) on a tile, in float32."""
     y = activation(z, ACT, EXACT)
     if layer_scale_ptr is not None:
-        y *= _vector(layer_scale_ptr, cols, N)
+        y *= vector(layer_scale_ptr, cols, N)
     if drop_path_ptr is not None:
         y *= tl.load(drop_path_ptr + rows // rows_per_sample, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
@@ -162,7 +158,7 @@ def _linear_pointer_kernel(
         weight_ptrs += BLOCK_K
 
     if bias_ptr is not None:
-        acc += _vector(bias_ptr, cols, N)  # eq. (2)
+        acc += vector(bias_ptr, cols, N)  # eq. (2)
     if z_ptr is not None:
         _store(z_ptr, acc, rows, cols, M, N)
     y = _epilogue(
@@ -179,7 +175,7 @@ def _store_part(
     rows = first_row + tl.arange(0, part.shape[0])
     cols = first_col + tl.arange(0, part.shape[1])
     if bias_ptr is not None:
-        part += _vector(bias_ptr, cols, N)  # eq. (2)
+        part += vector(bias_ptr, cols, N)  # eq. (2)
     if z_desc is not None:
         z_desc.store([first_row, first_col], part.to(z_desc.dtype))
     y = _epilogue(
@@ -301,58 +297,7 @@ def _linear_epilogue_kernel(
     _store(y_ptr, y, rows, cols, M, N)
 
 
-@triton.jit
-def _linear_bwd_kernel(
-    dy_ptr,
-    z_ptr,
-    layer_scale_ptr,
-    drop_path_ptr,
-    dz_ptr,
-    u_ptr,
-    dbias_ptr,
-    dlayer_scale_ptr,
-    M,
-    N,
-    rows_per_sample,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Kept per row of the tile and summed over its rows once at the end: no exchange between warps in the loop.
-    dbias = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    dlayer_scale = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        offsets = (rows.to(tl.int64) * N)[:, None] + cols[None, :]
-        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if drop_path_ptr is not None:
-            g *= tl.load(drop_path_ptr + rows // rows_per_sample, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        if z_ptr is not None:
-            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            u, slope = activation_and_derivative(z, ACT, EXACT)
-            if u_ptr is not None:
-                tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=mask)
-            if dlayer_scale_ptr is not None:
-                dlayer_scale += g * u  # eq. (5)
-            if layer_scale_ptr is not None:
-                g *= _vector(layer_scale_ptr, cols, N)
-            g *= slope  # eq. (4)
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offsets, g.to(dz_ptr.dtype.element_ty), mask=mask)
-        if dbias_ptr is not None:
-            dbias += g  # eq. (6)
-
-    partial = tl.program_id(0) * N + cols
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=cols < N)
-    if dlayer_scale_ptr is not None:
-        tl.store(dlayer_scale_ptr + partial, tl.sum(dlayer_scale, axis=0), mask=cols < N)
-
-
-def _elementwise_tile(N: int) -> dict[str, int]:
+def elementwise_tile(N: int) -> dict[str, int]:
     """16 float32 elements a thread of each tensor: 8 rows of 256 columns at a ViT's widths."""
     block_n = min(max(triton.next_power_of_2(N), 16), 256)
     # enable_fp_fusion is today's default, written down because Triton 3.10 flips it.
@@ -365,14 +310,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _samples(drop_path: Tensor | None, M: int) -> tuple[Tensor | None, int]:
+def samples(drop_path: Tensor | None, M: int) -> tuple[Tensor | None, int]:
     """drop_path as one contiguous vector, and how many rows one of its elements scales."""
     if drop_path is None:
         return None, 1
     return drop_path.reshape(-1).contiguous(), max(M // max(drop_path.numel(), 1), 1)
 
 
-def _exact(act: str | None, dtype: torch.dtype) -> bool:
+def exact(act: str | None, dtype: torch.dtype) -> bool:
     return act == "gelu" and dtype == torch.float32
 
 
@@ -396,7 +341,7 @@ def launch_linear_fwd(
     shape, (M, N) = (*x.shape[:-1], weight.shape[0]), (rows.shape[0], weight.shape[0])
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     bias, layer_scale = (None if t is None else t.contiguous() for t in (bias, layer_scale))
-    epilogue = (act, layer_scale, *_samples(drop_path, M), None if residual is None else _rows(residual))
+    epilogue = (act, layer_scale, *samples(drop_path, M), None if residual is None else _rows(residual))
     with torch._C._DisableAutocast():  # the operator's dtypes are its arguments'
         if config is None:
             y, z = _cublas(rows, weight, bias, epilogue, out_dtype, preact)
@@ -448,7 +393,7 @@ def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor |
     M, N = z.shape
     in_place = preact == "none" and z.dtype == out_dtype
     y = z if in_place else torch.empty(M, N, dtype=out_dtype, device=x.device)
-    tile = _elementwise_tile(N)
+    tile = elementwise_tile(N)
     if M > 0:
         _linear_epilogue_kernel[(triton.cdiv(M, tile["ROWS"]), triton.cdiv(N, tile["BLOCK_N"]))](
             z,
@@ -461,7 +406,7 @@ def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor |
             0 if residual is None else residual.stride(0),
             rows_per_sample,
             ACT=act,
-            EXACT=_exact(act, out_dtype),
+            EXACT=exact(act, out_dtype),
             **tile,
         )
     return y, z if preact == "also" else None
@@ -478,7 +423,7 @@ def _gemm(config: GemmConfig, x, weight, bias, epilogue, y: Tensor | None, z: Te
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     options = {
         "ACT": act,
-        "EXACT": _exact(act, y.dtype),
+        "EXACT": exact(act, y.dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -501,56 +446,6 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch_linear_bwd(
-    dy: Tensor,
-    z: Tensor | None,
-    act: str | None,
-    layer_scale: Tensor | None,
-    drop_path: Tensor | None,
-    dtype: torch.dtype,
-    need_dz: bool,
-    need_u: bool,
-    need_dbias: bool,
-    need_dlayer_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dz, act(z) and the sums over rows, in float32, that are the gradients of bias and layer_scale."""
-    N = dy.shape[-1]
-    dy = dy.contiguous()
-    M = dy.numel() // N
-    empty = partial(torch.empty, device=dy.device)
-    dz = empty(dy.shape, dtype=dtype) if need_dz else None
-    u = empty(dy.shape, dtype=dtype) if need_u else None
-    drop_path, rows_per_sample = _samples(drop_path, M)
-    tile = _elementwise_tile(N)
-    columns = triton.cdiv(N, tile["BLOCK_N"])
-    # Four blocks of 4 warps an SM are 16 loads of 16 bytes in flight a thread; partial sums stay below 2% of the bytes.
-    strips = min(triton.cdiv(M, tile["ROWS"]), max(1, 4 * multiprocessors(dy.device) // columns))
-    sums = [empty(N, dtype=torch.float32) if need else None for need in (need_dbias, need_dlayer_scale)]
-    partials = [None if t is None else empty(strips, N, dtype=torch.float32) for t in sums]
-    if M > 0:
-        _linear_bwd_kernel[(strips, columns)](
-            dy,
-            None if z is None else z.contiguous(),
-            None if layer_scale is None else layer_scale.contiguous(),
-            drop_path,
-            dz,
-            u,
-            *partials,
-            M,
-            N,
-            rows_per_sample,
-            ACT=act,
-            EXACT=_exact(act, dtype),
-            **tile,
-        )
-    if need_dbias or need_dlayer_scale:  # with no rows at all it writes the zeros
-        _parameter_gradients_kernel[(triton.cdiv(N, 32), 3)](
-            *partials, None, *sums, None, strips, N, BLOCK_P=32, BLOCK_D=32, num_warps=4, enable_fp_fusion=True
-        )
-    outputs = zip((dz, u, *sums), (dtype, dtype, torch.float32, torch.float32), strict=True)
-    return tuple(empty(0, dtype=kind) if t is None else t for t, kind in outputs)
-
-
 @register_flop_formula(torch.ops.vitkernels.linear_fwd)
 def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
@@ -565,7 +460,7 @@ def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
     """Name and launch on ``meta`` tensors of the default configurations at the GEMMs of a ViT block of this shape.
 
     The fused GEMMs of both kernels (the descriptor one from sm_90 on), in bfloat16 and with autocast's float32 stream, and
-    the elementwise kernels of the cuBLAS plan and the backward.
+    the elementwise kernel of the cuBLAS plan.
     """
     D, hidden = shape.width, shape.hidden
     M = shape.train_batch * shape.tokens
@@ -576,8 +471,6 @@ def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
                 title = f"D={D} {name} {act + ' ' if act else ''}{kind}"
                 yield title, partial(_aot_gemm, M, N, K, name, act, kind, "triton")
         yield f"D={D} {name} cublas", partial(_aot_gemm, M, N, K, name, acts[0], "bf16 train", "cublas")
-    for act in ("gelu", "gelu_tanh", "quick_gelu", "silu", None):
-        yield f"D={D} backward {act}", partial(_aot_backward, M, hidden if act else D, act)
 
 
 def _aot_gemm(M: int, N: int, K: int, name: str, act: str | None, kind: str, plan: str) -> None:
@@ -589,8 +482,3 @@ def _aot_gemm(M: int, N: int, K: int, name: str, act: str | None, kind: str, pla
     scale = None if residual is None else residual.new_empty(N)
     preact = "also" if act is not None and kind == "bf16 train" else "none"
     launch_linear_fwd(x, weight, bias, act, scale, None, residual, stream, preact, False, plan, arch)
-
-
-def _aot_backward(M: int, N: int, act: str | None) -> None:
-    dy = torch.empty(M, N, dtype=torch.bfloat16, device="meta")
-    launch_linear_bwd(dy, dy if act else None, act, None, None, dy.dtype, act is not None, act is not None, True, False)

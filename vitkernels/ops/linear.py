@@ -70,6 +70,8 @@ def _linear_bwd_fake(dy, z, act, layer_scale, drop_path, dtype, need_dz, need_u,
 def _derivative(act: str | None, z: Tensor) -> Tensor:
     """act'(z) by PyTorch's own backward operators."""
     one = torch.ones_like(z)
+    if act is None:
+        return one
     if act in ("gelu", "gelu_tanh"):
         return torch.ops.aten.gelu_backward(one, z, approximate="tanh" if act == "gelu_tanh" else "none")
     if act == "silu":
@@ -81,11 +83,10 @@ def _derivative(act: str | None, z: Tensor) -> Tensor:
 def _linear_bwd_reference(dy, z, act, layer_scale, drop_path, dtype, need_dz, need_u, need_dbias, need_dlayer_scale):
     compute = torch.promote_types(torch.float32, dy.dtype)
     g = dy.to(compute) if drop_path is None else dy.to(compute) * drop_path.to(compute)
-    dz, u = g, g
+    dz, u = g if layer_scale is None else g * layer_scale.to(compute), g
     if z is not None:
         z = z.to(compute)
-        u = ACTIVATIONS[act](z)
-        dz = (g if layer_scale is None else g * layer_scale.to(compute)) * _derivative(act, z)
+        u, dz = ACTIVATIONS[act](z), dz * _derivative(act, z)
     nothing = dy.new_empty(0)
     return (
         dz.to(dtype, copy=True) if need_dz else nothing.to(dtype, copy=True),
@@ -99,8 +100,35 @@ register(
     "linear_bwd(Tensor dy, Tensor? z, str? act, Tensor? layer_scale, Tensor? drop_path, ScalarType dtype, bool need_dz,"
     " bool need_u, bool need_dbias, bool need_dlayer_scale) -> (Tensor dz, Tensor u, Tensor dbias, Tensor dlayer_scale)",
     fake=_linear_bwd_fake,
-    stem="linear",
+    stem="linear_bwd",
     reference=_linear_bwd_reference,
+)
+
+
+def _layer_scale_bwd_fake(product, sums, weight, bias, layer_scale, need_dweight, need_dbias, need_dlayer_scale):
+    return tuple(
+        weight.new_empty(0, dtype=(weight if like is None else like).dtype) if not need else like.new_empty(like.shape)
+        for like, need in ((weight, need_dweight), (bias, need_dbias), (layer_scale, need_dlayer_scale))
+    )
+
+
+def _layer_scale_bwd_reference(product, sums, weight, bias, layer_scale, need_dweight, need_dbias, need_dlayer_scale):
+    scale, product = layer_scale.to(sums.dtype), product.to(sums.dtype)
+    dlayer_scale = (weight.to(sums.dtype) * product).sum(1)
+    dlayer_scale = dlayer_scale if bias is None else dlayer_scale + bias.to(sums.dtype) * sums
+    found = ((product * scale[:, None], weight, need_dweight), (sums * scale, bias, need_dbias))
+    return tuple(
+        value.to(like.dtype, copy=True) if need else weight.new_empty(0, dtype=(weight if like is None else like).dtype)
+        for value, like, need in (*found, (dlayer_scale, layer_scale, need_dlayer_scale))
+    )
+
+
+register(
+    "layer_scale_bwd(Tensor product, Tensor sums, Tensor weight, Tensor? bias, Tensor layer_scale, bool need_dweight,"
+    " bool need_dbias, bool need_dlayer_scale) -> (Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
+    fake=_layer_scale_bwd_fake,
+    stem="linear_bwd",
+    reference=_layer_scale_bwd_reference,
 )
 
 
@@ -135,47 +163,59 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (flat(a) @ b).view(*a.shape[:-1], b.shape[1])
 
 
+# Without an activation LayerScale stays out of the activations, equations (8) to (10), in bfloat16 and float32. In float16 G,
+# which gamma has not made small yet, could overflow, and gamma times a weight vanish: there g is scaled, and dlayer_scale costs
+# one more GEMM for z.
+
+
 def incoming(
-    dy: Tensor, weight: Tensor, drop_path: Tensor | None, need_sum: bool, need_g: bool = True
+    dy: Tensor, weight: Tensor, layer_scale: Tensor | None, drop_path: Tensor | None, need_sum: bool, need_g: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """g and s of a layer without activation, equation (8). g is ``dy`` itself where nothing changes it."""
-    changed = need_g and (drop_path is not None or dy.dtype != weight.dtype)
+    """g and s of a layer without activation. g is ``dy`` itself where nothing changes it."""
+    scale = layer_scale if weight.dtype == torch.float16 else None
+    changed = need_g and (drop_path is not None or scale is not None or dy.dtype != weight.dtype)
     if not changed and not need_sum:
         return dy, dy
-    g, _, s, _ = torch.ops.vitkernels.linear_bwd(dy, None, None, None, drop_path, weight.dtype, changed, False, need_sum, False)
+    g, _, s, _ = torch.ops.vitkernels.linear_bwd(
+        dy, None, None, scale, drop_path, weight.dtype, changed, False, need_sum, False
+    )
     return g if changed else dy, s
 
 
 def through_weight(g: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
-    """dh, equation (9). float16 would lose a gamma of 1e-5 times a weight to its smallest numbers: there g is scaled."""
-    if layer_scale is None:
-        return matmul(g, weight)
-    if g.dtype == torch.float16:
-        return matmul((g * layer_scale).to(g.dtype), weight)
-    return matmul(g, (weight * layer_scale[:, None]).to(weight.dtype))
+    """dh of a layer without activation."""
+    if layer_scale is not None and g.dtype != torch.float16:
+        weight = (weight * layer_scale[:, None]).to(weight.dtype)
+    return matmul(g, weight)
 
 
 def parameter_gradients(
+    dy: Tensor,
     g: Tensor,
     s: Tensor,
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     layer_scale: Tensor | None,
+    drop_path: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dweight, dbias and dlayer_scale of a layer without activation, equations (8) to (10), where ``needs`` says so."""
+    """dweight, dbias and dlayer_scale of a layer without activation, where ``needs`` says so."""
     need_dweight, need_dbias, need_dlayer_scale = needs
-    product = flat(g).t() @ flat(h) if need_dweight or need_dlayer_scale else None
-    if layer_scale is None:
-        return product if need_dweight else None, s.to(bias.dtype) if need_dbias else None, None
-    dweight = (product * layer_scale[:, None]).to(weight.dtype) if need_dweight else None
-    dbias = (s * layer_scale).to(bias.dtype) if need_dbias else None
-    dlayer_scale = None
-    if need_dlayer_scale:
-        dlayer_scale = (weight.to(s.dtype) * product.to(s.dtype)).sum(1)
-        dlayer_scale = (dlayer_scale if bias is None else dlayer_scale + bias * s).to(layer_scale.dtype)
-    return dweight, dbias, dlayer_scale
+    ops = torch.ops.vitkernels
+    if layer_scale is None or g.dtype == torch.float16:
+        dweight = flat(g).t() @ flat(h) if need_dweight else None
+        dlayer_scale = None
+        if need_dlayer_scale:
+            z = torch.nn.functional.linear(h, weight, None if bias is None else bias.to(h.dtype))
+            *_, dlayer_scale = ops.linear_bwd(dy, z, None, None, drop_path, h.dtype, False, False, False, True)
+            dlayer_scale = dlayer_scale.to(layer_scale.dtype)
+        return dweight, s.to(bias.dtype) if need_dbias else None, dlayer_scale
+    if not any(needs):
+        return None, None, None
+    product = flat(g).t() @ flat(h) if need_dweight or need_dlayer_scale else weight
+    grads = ops.layer_scale_bwd(product, s.to(torch.promote_types(torch.float32, s.dtype)), weight, bias, layer_scale, *needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 class _Linear(torch.autograd.Function):
@@ -234,9 +274,10 @@ class _Linear(torch.autograd.Function):
         if eps is not None and (need_dw or (need_dls and act is None)):
             h, _, _ = torch.ops.vitkernels.layer_norm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
         if act is None:
-            g, s = incoming(dy, weight, drop_path, need_db or need_dls, need_dh or need_dw or need_dls)
+            g, s = incoming(dy, weight, layer_scale, drop_path, need_db or need_dls, need_dh or need_dw or need_dls)
             dh = through_weight(g, weight, layer_scale) if need_dh else None
-            dw, db, dls = parameter_gradients(g, s, h, weight, bias, layer_scale, (need_dw, need_db, need_dls))
+            needs = (need_dw, need_db, need_dls)
+            dw, db, dls = parameter_gradients(dy, g, s, h, weight, bias, layer_scale, drop_path, needs)
         else:
             dz, _, db, dls = torch.ops.vitkernels.linear_bwd(
                 dy, z, act, layer_scale, drop_path, weight.dtype, True, False, need_db, need_dls

@@ -75,14 +75,15 @@ class _Mlp(torch.autograd.Function):
             u, z = ops.linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, dtype, preact, *gemm)
             z = u if act is None else z
 
-        g, s = incoming(dy, fc2_weight, drop_path, need_db2 or need_dls)
+        g, s = incoming(dy, fc2_weight, layer_scale, drop_path, need_db2 or need_dls)
         du = through_weight(g, fc2_weight, layer_scale)
         if act is None:
-            (dz, db1), u = incoming(du, fc1_weight, None, need_db1), z
+            (dz, db1), u = incoming(du, fc1_weight, None, None, need_db1), z
         else:
             dz, u, db1, _ = ops.linear_bwd(du, z, act, None, None, dtype, True, need_u, need_db1, False)
         del du, z
-        dw2, db2, dls = parameter_gradients(g, s, u, fc2_weight, fc2_bias, layer_scale, (need_dw2, need_db2, need_dls))
+        needs = (need_dw2, need_db2, need_dls)
+        dw2, db2, dls = parameter_gradients(dy, g, s, u, fc2_weight, fc2_bias, layer_scale, drop_path, needs)
         del u
         dw1 = flat(dz).t() @ flat(h) if need_dw1 else None
         dx, dnw, dnb = None, None, None
