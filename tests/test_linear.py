@@ -184,12 +184,13 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(variant):
         torch.randn(48, 64).bfloat16(),
         torch.randn(3, 64, 10).bfloat16(),
     )
-    strided = [wide[:, 1:, :48], weight.t(), residual.transpose(1, 2)]
-    with running(variant):
-        assert torch.equal(
-            vk.ops.linear(strided[0], strided[1], act="gelu", residual=strided[2]),
-            vk.ops.linear(*(t.contiguous() for t in strided[:2]), act="gelu", residual=strided[2].contiguous()),
-        )
+    x, weight = wide[:, 1:, :48], weight.t()
+    for strided in (residual.transpose(1, 2), torch.randn(3, 10, 80).bfloat16()[..., :64]):
+        with running(variant):
+            assert torch.equal(
+                vk.ops.linear(x, weight, act="gelu", residual=strided),
+                vk.ops.linear(x.contiguous(), weight.contiguous(), act="gelu", residual=strided.contiguous()),
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -349,6 +350,8 @@ def test_an_entry_of_the_users_table_decides(user_table):
     config = kernels.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
     user_table("sm_90", {key: kernels.config_entry(config)})
     assert launched("sm_90") == ["_linear_pointer_kernel"]
+    user_table("sm_90", {key: kernels.config_entry(kernels._DESCRIPTOR)})
+    assert launched("sm_90") == ["_linear_descriptor_kernel"]
     assert launched("sm_90", plan="cublas") == ["_linear_epilogue_kernel"]
     assert launched("sm_100") == ["_linear_epilogue_kernel"]
     assert launched("sm_90", act=None) == []
@@ -379,6 +382,13 @@ def test_rows_that_are_no_multiple_of_16_bytes_take_the_pointer_kernel():
         with _recorder.recording(lambda name, *_, found=found: found.append(name)):
             kernels.launch_linear_fwd(x, weight, None, None, None, None, None, x.dtype, "none", False, "triton", "sm_90")
         assert found == [f"_linear_{kernel}_kernel"]
+
+
+def test_overlapping_rows_take_the_pointer_kernel():
+    assert not kernels._describable(torch.empty(1, 64).bfloat16().expand(5, 64), torch.empty(32, 64).bfloat16())
+    assert not kernels._describable(torch.empty(5, 64).bfloat16(), torch.empty(1, 64).bfloat16().expand(32, 64))
+    assert not kernels._describable(torch.empty(5, 72).bfloat16()[:, 1:65], torch.empty(32, 64).bfloat16())
+    assert kernels._describable(torch.empty(5, 72).bfloat16()[:, 8:], torch.empty(32, 64).bfloat16())
 
 
 def test_unknown_plans_are_refused():
@@ -565,6 +575,7 @@ X, W, V = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
         (lambda: vk.ops.linear(X, W, drop_path=V), ValueError, r"drop_path must have shape \(2, 1\), got \(4,\)"),
         (lambda: vk.ops.linear(X[0], W, drop_path=V), ValueError, "drop_path needs an x of at least two dimensions"),
         (lambda: vk.ops.linear(X, W, drop_path=1.0), TypeError, "drop_path must be a Tensor, got float"),
+        (lambda: vk.ops.linear(X, W, drop_path=V[:2, None].requires_grad_()), ValueError, "drop_path .* gets no gradient"),
         (lambda: vk.ops.linear(X.long(), W), TypeError, "x must be of dtype"),
         (lambda: vk.ops.linear(X, None), TypeError, "weight must be a Tensor, got NoneType"),
     ],

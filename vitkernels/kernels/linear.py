@@ -66,9 +66,10 @@ class GemmConfig:
     programs_per_sm: int = 2
 
 
-# Where a table has no configuration and the plan is forced; a test compiles them for every chip. 16-bit, then float32.
+# Where a table has no configuration and the plan is forced; a test compiles them for every chip. All but the last: 16-bit.
 _DESCRIPTOR = GemmConfig("descriptor", 128, 128, 64, num_warps=8, num_stages=3)
 _POINTER = GemmConfig("pointer", 128, 128, 32, num_warps=8, num_stages=4)
+_POINTER_UNALIGNED = GemmConfig("pointer", 128, 64, 32, num_warps=8, num_stages=3)  # narrow accesses take registers
 _POINTER_FLOAT32 = GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
 
 
@@ -363,9 +364,12 @@ def _config(act, layer_scale, residual, x: Tensor, weight: Tensor, plan: str, ar
         return None
     if x.dtype == torch.float32:
         return _POINTER_FLOAT32
-    config = GemmConfig(**entry["config"]) if entry is not None and "config" in entry else _default(arch)
-    if config.kernel == "descriptor" and not _describable(x, weight):
-        return _POINTER
+    aligned = _describable(x, weight)
+    if entry is None or "config" not in entry:
+        return _default(arch) if aligned else _POINTER_UNALIGNED
+    config = GemmConfig(**entry["config"])
+    if config.kernel == "descriptor" and not aligned:
+        return None if plan == "auto" else _POINTER_UNALIGNED  # what was measured cannot run
     return config
 
 
@@ -374,10 +378,15 @@ def _default(arch: str) -> GemmConfig:
 
 
 def _describable(x: Tensor, weight: Tensor) -> bool:
-    """Tensor descriptors need 16-byte addresses and row strides, of y (N wide) too."""
-    rows = (x.stride(0), weight.stride(0), weight.shape[0])
+    """Tensor descriptors need 16-byte addresses and row strides, of y (N wide) too, and rows that do not overlap."""
+    strides = (x.stride(0), weight.stride(0), weight.shape[0])
     addresses = (x.data_ptr(), weight.data_ptr()) if x.device.type != "meta" else ()
-    return weight.stride(1) == 1 and all(n * x.element_size() % 16 == 0 for n in rows) and all(a % 16 == 0 for a in addresses)
+    return (
+        weight.stride(1) == 1
+        and min(strides[:2]) >= x.shape[1]
+        and all(n * x.element_size() % 16 == 0 for n in strides)
+        and all(a % 16 == 0 for a in addresses)
+    )
 
 
 def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor | None, Tensor | None]:

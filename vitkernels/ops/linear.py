@@ -325,7 +325,7 @@ def linear(
         layer_scale: (N,) or None.
         residual: (..., N) or None; may be wider than ``x`` (the float32 stream under autocast) and is never cast.
         norm: (weight, bias, eps) of a LayerNorm over K, or None.
-        drop_path: (B, 1, ..., 1) as timm draws it, of ``x``'s rank and leading size, or None. Gets no gradient from the kernel.
+        drop_path: (B, 1, ..., 1) as timm draws it, of ``x``'s rank and leading size, or None. No gradient.
 
     Returns:
         (..., N), of the dtype that PyTorch's promotion gives. Twice differentiable only through the reference.
@@ -359,6 +359,8 @@ def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"{op}: drop_path needs an x of at least two dimensions, got {tuple(x.shape)}")
     _check.shape(op, "drop_path", drop_path, (x.shape[0], *(1,) * (x.dim() - 1)))
+    if drop_path.requires_grad:
+        raise ValueError(f"{op}: drop_path is a random draw and gets no gradient, but it requires one")
 
 
 def dispatch_linear(x, weight, bias=None, act=None, layer_scale=None, residual=None, norm=None, drop_path=None) -> Tensor:
