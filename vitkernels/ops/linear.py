@@ -14,7 +14,7 @@ from .. import _select, reference
 from ..reference.linear import ACTIVATIONS
 from . import _check
 from ._register import register
-from .layer_norm import KERNEL_DTYPES, MAX_D, check_norm, dispatch_layer_norm
+from .layer_norm import KERNEL_DTYPES, MAX_D, check_norm
 
 # As for layer_norm, whose comment derives it: a smaller x belongs to a block that waits for the host.
 MIN_BYTES = 8 * 2**20
@@ -350,26 +350,14 @@ def linear(
         check_norm(op, x, *norm[:2], x.dtype)
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
-    return dispatch_linear(x, weight, bias, act, layer_scale, residual, norm, drop_path)
 
+    def reasons() -> list[str]:
+        return why_not(x, weight, bias, layer_scale, residual, drop_path, *(norm or ())[:2], norm=norm is not None)
 
-def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:
-    """``drop_path`` has one element for each sample of ``x``."""
-    _check.tensor(op, "drop_path", drop_path)
-    if x.dim() < 2:
-        raise ValueError(f"{op}: drop_path needs an x of at least two dimensions, got {tuple(x.shape)}")
-    _check.shape(op, "drop_path", drop_path, (x.shape[0], *(1,) * (x.dim() - 1)))
-    if drop_path.requires_grad:
-        raise ValueError(f"{op}: drop_path is a random draw and gets no gradient, but it requires one")
-
-
-def dispatch_linear(x, weight, bias=None, act=None, layer_scale=None, residual=None, norm=None, drop_path=None) -> Tensor:
-    """``linear`` without the checks, for callers that have made them."""
-    others = (bias, layer_scale, residual, drop_path, *(norm or ())[:2])
-    if not _select.use_kernel("linear", x, lambda: why_not(x, weight, *others, norm=norm is not None), MIN_BYTES):
-        if norm is not None:
-            x = dispatch_layer_norm(x, *norm)  # its kernel runs even where this one has a reason not to
-        return reference.linear(x, weight, bias, act=act, layer_scale=layer_scale, residual=residual, drop_path=drop_path)
+    if not _select.use_kernel(op, x, reasons, MIN_BYTES):
+        return reference.linear(
+            x, weight, bias, act=act, layer_scale=layer_scale, residual=residual, norm=norm, drop_path=drop_path
+        )
     dtype = compute_dtype(x)
     norm_weight, norm_bias, eps = (None, None, None) if norm is None else norm
     return _Linear.apply(
@@ -387,6 +375,16 @@ def dispatch_linear(x, weight, bias=None, act=None, layer_scale=None, residual=N
         promoted(dtype, layer_scale, drop_path, residual),
         *gemm_settings(x, dtype),
     )
+
+
+def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:
+    """``drop_path`` has one element for each sample of ``x``."""
+    _check.tensor(op, "drop_path", drop_path)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: drop_path needs an x of at least two dimensions, got {tuple(x.shape)}")
+    _check.shape(op, "drop_path", drop_path, (x.shape[0], *(1,) * (x.dim() - 1)))
+    if drop_path.requires_grad:
+        raise ValueError(f"{op}: drop_path is a random draw and gets no gradient, but it requires one")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -18,7 +18,6 @@ from .linear import (
     MIN_BYTES,
     check_drop_path,
     compute_dtype,
-    dispatch_linear,
     flat,
     gemm_settings,
     incoming,
@@ -156,14 +155,15 @@ def mlp(
     _check.choice(op, "act", act, ACTIVATIONS)
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
-    others = (norm_weight, norm_bias, fc1_bias, fc2_bias, layer_scale, drop_path)
-    if not _select.use_kernel(op, x, lambda: why_not(x, fc1_weight, fc2_weight, *others), MIN_BYTES):
-        if recompute:
-            parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-            options = {"eps": eps, "act": act, "layer_scale": layer_scale, "drop_path": drop_path, "recompute": True}
-            return reference.mlp(x, *parameters, **options)
-        hidden = dispatch_linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
-        return dispatch_linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x, drop_path=drop_path)
+
+    def reasons() -> list[str]:
+        return why_not(x, fc1_weight, fc2_weight, norm_weight, norm_bias, fc1_bias, fc2_bias, layer_scale, drop_path)
+
+    if not _select.use_kernel(op, x, reasons, MIN_BYTES):
+        return reference.mlp(
+            x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+            eps=eps, act=act, layer_scale=layer_scale, drop_path=drop_path, recompute=recompute,
+        )  # fmt: skip
     dtype = compute_dtype(x)
     return _Mlp.apply(
         x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path,
