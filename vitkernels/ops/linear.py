@@ -35,19 +35,18 @@ def _linear_fwd_fake(
 def _linear_fwd_reference(
     x, weight, bias, act, layer_scale, drop_path, residual, out_dtype, preact, allow_tf32, plan, arch
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(torch.float32, x.dtype)
-    x, weight, bias, layer_scale, drop_path, residual, dtype = (
-        *(None if t is None else t.to(compute) for t in (x, weight, bias, layer_scale, drop_path, residual)),
-        x.dtype,
-    )
+    dtype = x.dtype
+    tensors = (x, weight, bias, layer_scale, drop_path, residual)
+    compute = torch.promote_types(torch.float32, dtype)
+    x, weight, bias, layer_scale, drop_path, residual = (None if t is None else t.to(compute) for t in tensors)
     z = torch.nn.functional.linear(x, weight, bias)
     if preact == "only":
-        return x.new_empty(0, dtype=dtype), z.to(dtype)
+        return z.new_empty(0, dtype=dtype), z.to(dtype)
     y = ACTIVATIONS[act](z)
-    for factor in (layer_scale, drop_path):
-        y = y if factor is None else y * factor
-    y = y if residual is None else y + residual
-    return y.to(out_dtype), z.to(dtype, copy=True) if preact == "also" else x.new_empty(0, dtype=dtype)
+    y = y if layer_scale is None else y * layer_scale
+    y = y if drop_path is None else y * drop_path
+    y = y if residual is None else residual + y
+    return y.to(out_dtype), z.to(dtype, copy=True) if preact == "also" else z.new_empty(0, dtype=dtype)
 
 
 register(
