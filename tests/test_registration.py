@@ -6,6 +6,7 @@ import inspect
 import pytest
 import test_attention
 import test_layer_norm
+import test_linear
 import test_pos_embed
 import torch
 from helpers import KERNEL_TESTS
@@ -20,6 +21,8 @@ STEMS = {
     "layer_norm": test_layer_norm,
     "attention": test_attention,
     "attention_backward": test_attention,
+    "linear": test_linear,
+    "linear_bwd": test_linear,
     "pos_embed": test_pos_embed,
 }
 

@@ -57,7 +57,7 @@ class backend:
 def targeting(arch: str) -> Iterator[None]:
     """Pretend that every tensor lives on a GPU of architecture ``arch`` (``"sm_90"``): for tools on ``meta`` tensors.
 
-    CUDA's autocast state is theirs then.
+    These then also follow CUDA's autocast.
     """
     global _target
     previous, _target = _target, arch
@@ -191,9 +191,14 @@ def _under_functorch(tensors: list[Tensor]) -> bool:
     return any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def _imagined(x: Tensor) -> bool:
+    """Is ``x`` a tensor without data that ``targeting`` puts on a GPU?"""
+    return _target is not None and x.is_meta
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives matrix products on ``x``'s device type, or ``None`` outside autocast."""
-    device_type = x.device.type if _target is None else "cuda"
+    device_type = "cuda" if _imagined(x) else x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
@@ -204,5 +209,5 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
     That is float32 under CUDA autocast, else ``dtype``: CPU autocast leaves ``layer_norm`` alone, and float64 is never cast.
     """
-    on_gpu = x.is_cuda or _target is not None
+    on_gpu = x.is_cuda or _imagined(x)
     return torch.float32 if on_gpu and dtype != torch.float64 and autocast_dtype(x) is not None else dtype

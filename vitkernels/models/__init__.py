@@ -1,6 +1,6 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
 
-from ._swap import FUSED_CLASSES, fuse_classes, unfuse_classes
+from ._swap import FUSED_CLASSES, fuse_classes, set_recompute_mlp, unfuse_classes
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
@@ -17,6 +17,7 @@ __all__ = [
     "VisionTransformer",
     "fuse_classes",
     "load_vit_pytorch",
+    "set_recompute_mlp",
     "unfuse_classes",
     "vit_base",
     "vit_huge",

@@ -44,6 +44,15 @@ def _all_classes() -> dict[type[nn.Module], type[nn.Module]]:
     return FUSED_CLASSES | {FusedPositions.stock: FusedPositions}
 
 
+def set_recompute_mlp(model: nn.Module, on: bool) -> None:
+    """Whether fused blocks compute fc1 again in backward. A block that does not has no attribute of ours."""
+    for module in model.modules():
+        if on and isinstance(module, FusedBlock):
+            module.recompute_mlp = True
+        else:
+            module.__dict__.pop("recompute_mlp", None)
+
+
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
     """Assign ``classes[type(module)]``. An error half way takes back what was done."""
     done: list[tuple[nn.Module, type[nn.Module]]] = []

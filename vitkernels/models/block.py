@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..ops import attention, attention_qkv, linear, mlp
 from . import _guard
 
-for _leaf in ("_attention", "_attention_packed", "linear", "mlp"):
+for _leaf in ("_attention", "_attention_packed", "_ones", "linear", "mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -69,6 +69,7 @@ class FusedBlock(Block):
     """
 
     stock = Block  # unannotated: TorchScript reads timm's annotations through the instance
+    recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
 
     # wraps: inspect and TorchScript, which compiles source, see timm's forward.
     @functools.wraps(Block.forward)
@@ -86,19 +87,14 @@ class FusedBlock(Block):
         else:
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
             heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
-        x = self._add(x, self.drop_path1, heads, attn.proj, self.ls1)
+        gamma, proj = _gamma(self.ls1), attn.proj
+        dropped = _draw(self.drop_path1, heads, gamma)
+        x = linear(heads, proj.weight, proj.bias, layer_scale=gamma, residual=x, drop_path=dropped)
 
-        if _drops(self.drop_path2):
-            hidden = linear(x, fc1.weight, fc1.bias, act=act, norm=_norm(norm2))
-            return self._add(x, self.drop_path2, hidden, fc2, self.ls2)
+        gamma = _gamma(self.ls2)
+        dropped = _draw(self.drop_path2, heads, gamma)
         parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=_gamma(self.ls2))
-
-    @staticmethod
-    def _add(x: Tensor, drop_path: nn.Module, branch: Tensor, layer: nn.Linear, scale: nn.Module) -> Tensor:
-        if _drops(drop_path):  # the module draws, so the random stream is timm's
-            return x + drop_path(linear(branch, layer.weight, layer.bias, layer_scale=_gamma(scale)))
-        return linear(branch, layer.weight, layer.bias, layer_scale=_gamma(scale), residual=x)
+        return mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=gamma, drop_path=dropped, recompute=self.recompute_mlp)
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
@@ -152,8 +148,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_cau
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=True).transpose(1, 2).flatten(2)
 
 
-def _drops(drop_path: nn.Module) -> bool:
-    return type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0
+def _draw(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
+    """(B, 1, 1) of what drop path multiplies each sample's branch with; None where it does nothing.
+
+    The module draws, in the branch's dtype, so that the random stream is timm's.
+    """
+    if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0:
+        return drop_path(_ones(branch, gamma))
+    return None
+
+
+def _ones(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    return branch.new_ones((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype)
 
 
 def _norm(module: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:

@@ -1,0 +1,102 @@
+"""What one fused block moves and saves, launch by launch, for each plan of its GEMMs. One unit is B * T * D * 2 bytes."""
+
+import importlib
+
+import pytest
+import timm
+import torch
+
+import vitkernels
+from vitkernels import _select
+from vitkernels.cli import _ledger
+from vitkernels.cli._chips import CHIPS
+
+H200 = CHIPS["h200"]
+BATCH, TOKENS, WIDTH = 64, 197, 768
+UNIT = BATCH * TOKENS * WIDTH * 2
+STATISTICS = 2 * 8 / (2 * WIDTH)  # mean and rstd of both LayerNorms, float32
+LSE = 4 * 12 / (2 * WIDTH)  # of attention, float32
+
+
+@pytest.fixture(autouse=True)
+def _compiling(monkeypatch):
+    monkeypatch.setattr(vitkernels._env, "INTERPRETING", False)
+    for stem in ("layer_norm", "linear", "mlp"):
+        monkeypatch.setattr(importlib.import_module(f"vitkernels.ops.{stem}"), "MIN_BYTES", 0)
+
+
+def counted(plan, layer_scale=False, recompute=None, fused=True, train=False):
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224", depth=1, init_values=1e-5 if layer_scale else None)
+    vit = vit.to(torch.bfloat16).eval()
+    block = (vitkernels.fuse(vit, recompute=recompute) if fused else vit).blocks[0]
+    x = torch.empty(BATCH, TOKENS, WIDTH, dtype=torch.bfloat16, device="meta", requires_grad=train)
+    with _select.planning(plan):
+        return _ledger.count(block, (x,), {}, H200, train=train)
+
+
+def units(operators):
+    return sum(o.activation_bytes for o in operators) / UNIT
+
+
+# LN, qkv, attention, proj (+ its epilogue), LN, fc1 (+ GELU), fc2 (+ its epilogue).
+FORWARD = {
+    "cublas": [2, 4, 4, 2, 3, 2, 5, 8, 5, 3],
+    "triton": [2, 4, 4, 3, 2, 5, 6],
+}
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("plan", FORWARD)
+def test_forward_moves_what_the_plan_says_and_layer_scale_is_free(plan, layer_scale):
+    count = counted(plan, layer_scale)
+    assert [round(o.activation_bytes / UNIT, 1) for o in count.forward] == FORWARD[plan]
+    assert units(count.forward) == pytest.approx(sum(FORWARD[plan]) + STATISTICS)
+    assert {"cublas": 38, "triton": 26}[plan] == sum(FORWARD[plan])
+
+
+def test_eager_moves_38_units_and_42_with_layer_scale():
+    """A multiplication reads 1 and writes 1 unit, twice a block."""
+    assert units(counted("auto", fused=False).forward) == pytest.approx(38 + STATISTICS)
+    assert units(counted("auto", layer_scale=True, fused=False).forward) == pytest.approx(42 + STATISTICS)
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("plan", FORWARD)
+@pytest.mark.parametrize(("recompute", "saved"), [(None, 10), ("mlp", 6)])
+def test_training_saves_10_units_and_6_with_recomputation(recompute, saved, plan, layer_scale):
+    count = counted(plan, layer_scale, recompute, train=True)
+    assert count.saved_bytes / UNIT == pytest.approx(saved + STATISTICS + LSE)
+
+
+def test_eager_training_saves_16_units():
+    assert counted("auto", fused=False, train=True).saved_bytes / UNIT == pytest.approx(16 + STATISTICS + LSE)
+
+
+@pytest.mark.parametrize("plan", FORWARD)
+def test_between_the_gemms_backward_makes_one_pass_of_16_units_over_the_hidden_width(plan):
+    """Reads the pre-activation and its gradient, writes the gradient of the pre-activation and the activation."""
+    backward = counted(plan, layer_scale=True, train=True).backward
+    hidden = [o for o in backward if o.ours and o.name == "linear_bwd" and 4 * WIDTH in o.shape]
+    partial_sums = 0.1
+    assert [o.activation_bytes / UNIT for o in hidden] == [pytest.approx(16, abs=partial_sums)]
+    others = [o for o in backward if o.flops == 0 and o.activation_bytes > 4 * UNIT + 0.5 * UNIT and o not in hidden]
+    assert {o.name for o in others} <= {"layer_norm_bwd", "stack", "clone"}, others
+
+
+def test_flops_do_not_depend_on_the_plan():
+    flops = {plan: sum(o.flops for o in counted(plan).forward) for plan in ("cublas", "triton")}
+    rows = BATCH * TOKENS
+    assert flops["cublas"] == flops["triton"] == 24 * rows * WIDTH**2 + 4 * rows * TOKENS * WIDTH
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_shipped_table_selects_cublas_until_a_chip_was_measured(arch, monkeypatch, tmp_path):
+    """No entry is invented: this fails, and is to be rewritten, with the first table that ships."""
+    from vitkernels.kernels import _tuned
+
+    monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
+    _tuned.forget()
+    assert not _tuned.read(_tuned._SHIPPED / f"{arch}.json")
+    assert units(counted("auto").forward) == pytest.approx(sum(FORWARD["cublas"]) + STATISTICS)
+    _tuned.forget()
