@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _small_inputs_too(monkeypatch):
-    for stem in ("layer_norm", "linear", "mlp"):
+    for stem in ("layer_norm", "attention", "linear", "mlp"):
         monkeypatch.setattr(importlib.import_module(f"vitkernels.ops.{stem}"), "MIN_BYTES", 0)
 
 
