@@ -117,7 +117,7 @@ def test_fused_under_autocast_has_a_float32_stream_and_our_kernels():
     assert not torch.is_autocast_enabled("cuda")  # as it was
     ours = [o for o in count.forward if o.name == "layer_norm_fwd"]
     assert [round(u) for u in units(ours, unit)] == [2 + 1] * 2
-    assert sum(units(count.forward, unit)) < 52 - 2 * (1 + 2 + 1)
+    assert sum(units(count.forward, unit)) == pytest.approx(52 - 2 * (1 + 2 + 1), abs=0.1)
 
 
 def test_plans_that_operators_declare_are_counted_by_name(monkeypatch):
