@@ -64,6 +64,19 @@ def test_dynamic_sizes_give_timms_outputs_and_gradients(variant, size, resampled
     assert resampled == [(size[0] // 16, size[1] // 16)]
 
 
+@pytest.mark.slow
+def test_compiled_dynamic_sizes_have_gradients_too():
+    """timm's do not: torch 2.15 has no meta function of the antialiased backward for symbolic sizes."""
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (64, (96, 64), (80, 112)):
+        x = images(2, size)
+        got = {name.removeprefix("_orig_mod."): t for name, t in outputs_and_gradients(compiled, x).items()}
+        assert_close(got, outputs_and_gradients(stock, x), atol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_positions_are_not_cached():
     stock, fused = stock_and_fused(dynamic_img_size=True)
     x = images(2, 96)
