@@ -25,7 +25,7 @@ ALLOWED = {
     "_env": set(),
     "_select": {"_env"},
     "reference": {"reference"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "_env"},
     "ops": {"ops", "reference", "_select", "_env"},
     "models": {"models", "ops"},
     "fuse": {"models", "ops"},

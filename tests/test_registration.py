@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import test_layer_norm
+import test_patch_embed
 import torch
 from helpers import KERNEL_TESTS
 from torch.library import opcheck
@@ -13,7 +14,7 @@ from vitkernels.ops import _register
 
 pytestmark = KERNEL_TESTS
 # A stem with kernels: where its launchers are, and its test module, which lists arguments for each of its operators.
-STEMS = {"layer_norm": test_layer_norm}
+STEMS = {"layer_norm": test_layer_norm, "patch_embed": test_patch_embed}
 
 
 def arguments(name=None):

@@ -2,12 +2,14 @@
 
 ``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)``.
 ``TRITON_INTERPRET``    Triton's own switch: ``1`` before Triton is imported runs the kernels in its CPU interpreter.
+``VITKERNELS_CACHE``    folder of what ``vitkernels tune`` measured; else ``vitkernels`` in the user's cache folder.
 ``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
 """
 
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 BACKENDS = ("auto", "fused", "reference")
@@ -23,6 +25,14 @@ def default_backend() -> str:
     if name not in BACKENDS:
         raise ValueError(f"VITKERNELS_BACKEND is {name!r}; accepted: {', '.join(BACKENDS)}")
     return name
+
+
+def tuned_dir() -> Path:
+    """Where the user's tuned tables are; need not exist."""
+    cache = os.environ.get("VITKERNELS_CACHE")
+    if cache:
+        return Path(cache) / "tuned"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkernels" / "tuned"
 
 
 def extension() -> ModuleType | None:

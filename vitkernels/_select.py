@@ -21,9 +21,11 @@ _logger = logging.getLogger("vitkernels")
 # be lost in autograd's threads (an autograd.Function keeps its choice by being the one that was picked).
 _backend = _env.default_backend()
 _target: str | None = None
+_plan = "auto"
 _reported: set[tuple[str, str]] = set()
 
 MIN_CAPABILITY = (8, 0)
+PLANS = ("auto", "triton", "cublas")
 
 
 class backend:
@@ -60,6 +62,24 @@ def targeting(arch: str) -> Iterator[None]:
         yield
     finally:
         _target = previous
+
+
+@contextlib.contextmanager
+def planning(plan: str) -> Iterator[None]:
+    """Force every GEMM's plan, ``"triton"`` or ``"cublas"``, whatever the tuned tables (``"auto"``) say: tests and tools."""
+    global _plan
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    previous, _plan = _plan, plan
+    try:
+        yield
+    finally:
+        _plan = previous
+
+
+def plan() -> str:
+    """The plan that is forced now, else ``"auto"``."""
+    return _plan
 
 
 def target(x: Tensor) -> str | None:

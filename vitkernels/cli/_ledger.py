@@ -137,8 +137,9 @@ class _Ledger(TorchDispatchMode):
         first = len(self.operators)
         with _recorder.recording(lambda *launch: self._launch(*launch), self._multiprocessors), self:
             out = _recorder.launcher(name)(*args, **kwargs)
-        for operator in self.operators[first : first + 1]:
-            operator.flops += _flops(func, args, kwargs, out)
+        launches = self.operators[first:]
+        if launches and not any(operator.flops for operator in launches):  # else PyTorch's GEMMs have counted
+            launches[0].flops += _flops(func, args, kwargs, out)
         return out
 
     def _launch(self, kernel: str, reads: list[Tensor], writes: list[Tensor]) -> None:

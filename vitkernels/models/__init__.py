@@ -2,7 +2,7 @@
 
 from ._swap import FUSED_CLASSES, fuse_classes, unfuse_classes
 from .block import FusedBlock
-from .patch_embed import FusedPatchEmbed
+from .patch_embed import FusedPatchEmbed, FusedVisionTransformer, clear_pixel_statistics, set_pixel_statistics
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from .vit_pytorch import load_vit_pytorch
 
@@ -10,9 +10,12 @@ __all__ = [
     "FUSED_CLASSES",
     "FusedBlock",
     "FusedPatchEmbed",
+    "FusedVisionTransformer",
     "VisionTransformer",
+    "clear_pixel_statistics",
     "fuse_classes",
     "load_vit_pytorch",
+    "set_pixel_statistics",
     "unfuse_classes",
     "vit_base",
     "vit_huge",

@@ -5,10 +5,12 @@ import inspect
 from torch import nn
 
 from .block import FusedBlock
-from .patch_embed import FusedPatchEmbed
+from .patch_embed import FusedPatchEmbed, FusedVisionTransformer
 
 # By exact class. Each fused class has `stock`, its timm class, and `why_not(module)`.
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {cls.stock: cls for cls in (FusedBlock, FusedPatchEmbed)}
+# The model around them: not a part that can fail to fuse, only the place where two parts become one operator.
+_MODEL = {FusedVisionTransformer.stock: FusedVisionTransformer}
 
 # timm's Block.forward as read (1.0.26 to 1.0.31); another signature means another meaning, which is not guessed.
 _KNOWN_SIGNATURE = ("self", "x", "attn_mask", "is_causal")
@@ -19,7 +21,7 @@ def fuse_classes(model: nn.Module) -> None:
     signature = tuple(inspect.signature(FusedBlock.stock.forward).parameters)
     if signature != _KNOWN_SIGNATURE:
         raise RuntimeError(f"this timm's Block.forward takes {signature}, vitkernels knows {_KNOWN_SIGNATURE}")
-    _swap(model, FUSED_CLASSES)
+    _swap(model, {**FUSED_CLASSES, **_MODEL})
 
 
 def unfuse_classes(model: nn.Module) -> None:
@@ -27,7 +29,7 @@ def unfuse_classes(model: nn.Module) -> None:
     fused = tuple(FUSED_CLASSES.values())
     if any(isinstance(module, fused) and type(module) not in fused for module in model.modules()):
         raise RuntimeError("a fused module's class was changed by something else (FSDP): unfuse before wrapping the model")
-    _swap(model, {cls: stock for stock, cls in FUSED_CLASSES.items()})
+    _swap(model, {cls: stock for stock, cls in {**FUSED_CLASSES, **_MODEL}.items()})
 
 
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

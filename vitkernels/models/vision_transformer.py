@@ -13,12 +13,13 @@ from timm.models import vision_transformer as timm_vit
 from torch import nn
 
 from ._swap import fuse_classes
+from .patch_embed import FusedVisionTransformer
 
 _INIT = inspect.signature(timm_vit.VisionTransformer.__init__)
 _POS_EMBED = ("learn", "sincos2d", "none", "")
 
 
-class VisionTransformer(timm_vit.VisionTransformer):
+class VisionTransformer(FusedVisionTransformer):
     """``timm.models.vision_transformer.VisionTransformer`` with its blocks and patch embedding fused from the start.
 
     Every argument and method of timm's, and its state dicts load with ``strict=True``. images (B, C, H, W) -> logits

@@ -1,0 +1,65 @@
+"""Tuned tables: which plan and configuration was measured to be fastest, by architecture.
+
+One JSON file an architecture: the user's (``vitkernels tune`` writes it, ``_env.tuned_dir``) is asked first, the one shipped
+in ``tuned/`` second.
+
+    {"format": 1, "linear": {"act/3072/768/65536": {"plan": "triton", "config": {...}}, "plain/...": {"plan": "cublas"}}}
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from .. import _env
+
+FORMAT = 1
+_SHIPPED = Path(__file__).parent / "tuned"
+_logger = logging.getLogger("vitkernels")
+
+
+def bucket(rows: int) -> int:
+    """The M of a table's key: the power of two at or above ``rows``, from 64 on."""
+    return max(64, 1 << max(rows - 1, 0).bit_length())
+
+
+def gemm_key(kind: str, N: int, K: int, rows: int) -> str:
+    """Key of the GEMM (rows, K) x (K, N) in the table of stem ``linear``.
+
+    Args:
+        kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save.
+    """
+    return f"{kind}/{N}/{K}/{bucket(rows)}"
+
+
+@functools.lru_cache
+def lookup(arch: str, stem: str, key: str) -> dict[str, Any] | None:
+    """The entry of ``key``, of the user's table or else the shipped one. After writing a table call ``forget``."""
+    for folder in (_env.tuned_dir(), _SHIPPED):
+        entry = read(folder / f"{arch}.json").get(stem, {}).get(key)
+        if entry is not None:
+            return entry
+    return None
+
+
+@functools.lru_cache
+def read(path: Path) -> dict[str, Any]:
+    """A table file; empty if there is none or, with a warning, if it is not one of this format."""
+    try:
+        table = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _logger.warning("%s is ignored: %s", path, error)
+        return {}
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        _logger.warning("%s is ignored: it is not a table of format %d", path, FORMAT)
+        return {}
+    return table
+
+
+def forget() -> None:
+    """Read the files again at the next lookup."""
+    lookup.cache_clear()
+    read.cache_clear()
