@@ -198,3 +198,17 @@ class _Stem:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stem, name)
+
+
+def linear_as_convolution(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Weight (D, p_h*p_w*C) of an ``nn.Linear`` patchifier (NaFlexVit's, vit-pytorch's) as a convolution's, (D, C, p_h, p_w).
+
+    A view of the same memory, in the order that the kernel uses for channels_last images.
+
+    Raises:
+        ValueError: the inputs are no whole patches.
+    """
+    pixels = patch_size[0] * patch_size[1]
+    if weight.shape[1] % pixels:
+        raise ValueError(f"{weight.shape[1]} inputs are no patches of {patch_size}")
+    return weight.unflatten(1, (*patch_size, -1)).permute(0, 3, 1, 2)
