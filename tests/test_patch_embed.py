@@ -1,11 +1,324 @@
-"""patch_embed: the reference against timm's PatchEmbed and _pos_embed, pixels of a real photograph, argument checks."""
+"""patch_embed: the kernels against the float64 reference, the reference against timm, the operators' contract.
+
+A call that names no plan follows the tuned table; ``kernel`` below is the fused GEMM, ``cublas`` the other plan.
+"""
 
 import pytest
 import timm
 import torch
+from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, outputs_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_sample_image
 
 import vitkernels as vk
+from vitkernels import _select
+from vitkernels.ops.patch_embed import _PatchEmbed, why_not
+
+pytestmark = KERNEL_TESTS
+fused = vk.backend("fused")
+CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
+
+
+def draw(batch, channels, height, width, patch, D, num_prefix, dtype, pos="all", layout=CONTIGUOUS, pixel=None):
+    """images, weight, bias, prefix tokens, positions (``all`` rows, ``patches`` only, or None), mean, std."""
+    pixel = pixel or dtype
+    p_h, p_w = patch
+    rows = (height // p_h) * (width // p_w) + (num_prefix if pos == "all" else 0)
+    if pixel == torch.uint8:
+        images = torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8)
+        statistics = [0.3 + 0.3 * torch.rand(channels), 0.2 + 0.2 * torch.rand(channels)]
+    else:
+        images, statistics = torch.randn(batch, channels, height, width).to(pixel), [None, None]
+    weight = (torch.randn(D, channels, p_h, p_w) / (channels * p_h * p_w) ** 0.5).to(dtype)
+    prefix = torch.randn(1, num_prefix, D).to(dtype) if num_prefix else None
+    positions = torch.randn(1, rows, D).to(dtype) if pos else None
+    return [images.to(memory_format=layout), weight, torch.randn(D).to(dtype), prefix, positions, *statistics]
+
+
+def under(plan, pos="all"):
+    def call(images, weight, bias, prefix, positions, mean, std):
+        with vk.backend("fused"), _select.planning(plan):  # a new one: calls nest
+            return vk.ops.patch_embed(
+                images,
+                weight,
+                bias,
+                prefix_tokens=prefix,
+                pos_embed=positions,
+                pos_embed_prefix=pos == "all",
+                # As constants: the reference, in float64, would differentiate them.
+                mean=None if mean is None else mean.detach(),
+                std=None if std is None else std.detach(),
+            )
+
+    return call
+
+
+def by_pytorch(pos="all"):
+    def call(images, weight, bias, prefix, positions, mean, std):
+        mean, std = (None if t is None else t.detach() for t in (mean, std))
+        return vk.reference.patch_embed(
+            images, weight, bias, prefix_tokens=prefix, pos_embed=positions, pos_embed_prefix=pos == "all", mean=mean, std=std
+        )
+
+    return call
+
+
+def check(inputs, pos="all", plan="triton"):
+    images, weight = inputs[:2]
+    tokens = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+    num_prefix = 0 if inputs[3] is None else inputs[3].shape[1]
+    cotangent = torch.randn(images.shape[0], num_prefix + tokens, weight.shape[0])
+    mean, std = inputs[5:]
+    kernel, reference = under(plan, pos), by_pytorch(pos)
+    assert_matches_reference(
+        lambda *a: kernel(*a, mean, std),
+        lambda *a: reference(*a, *(None if t is None else t.to(torch.promote_types(t.dtype, a[1].dtype)) for t in (mean, std))),
+        inputs[:5],
+        [cotangent],
+    )
+
+
+# (channels, height, width, patch, D, prefix, positions): patch and grid of every kind, images of 32 to 98, K with and without
+# a tail (588 = 9.2 blocks of 64), D with one (200), more than one block of rows.
+SHAPES = {
+    "p16": (3, 32, 48, (16, 16), 64, 1, "all"),
+    "p16 registers": (3, 48, 48, (16, 16), 64, 5, "patches"),
+    "p16 no prefix": (3, 80, 96, (16, 16), 64, 0, "all"),
+    "p14 odd grid": (3, 70, 98, (14, 14), 200, 1, "all"),
+    "p8 gray": (1, 40, 72, (8, 8), 48, 1, "all"),
+    "p32 no positions": (3, 96, 64, (32, 32), 64, 5, None),
+    "16x8 rgba": (4, 64, 40, (16, 8), 64, 1, "patches"),
+    "p4 twelve bands": (12, 36, 52, (4, 4), 64, 1, "all"),
+}
+FORMATS = {
+    "nchw": {},
+    "nhwc": {"layout": LAST},
+    "uint8 nchw": {"pixel": torch.uint8},
+    "uint8 nhwc": {"pixel": torch.uint8, "layout": LAST},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernel_is_within_budget(shape, dtype, form):
+    *sizes, pos = shape
+    check(draw(3, *sizes, dtype, pos=pos, **form), pos)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("image", "patch", "D"), [(224, 16, 768), (224, 14, 1152), (378, 14, 384)])
+def test_kernel_is_within_budget_on_a_gpu_at_full_size(image, patch, D, dtype, form):
+    check(draw(16, 3, image, image, (patch, patch), D, 1, dtype, **form))
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.sampled_from([1, 2, 3, 4, 12]),
+    patch=st.tuples(st.integers(4, 32), st.integers(4, 32)),
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    D=st.integers(1, 150),
+    num_prefix=st.sampled_from([0, 1, 5]),
+    dtype=st.sampled_from(DTYPES),
+    pos=st.sampled_from(["all", "patches", None]),
+    form=st.sampled_from(list(FORMATS.values())),
+)
+def test_kernel_is_within_budget_at_random_shapes(channels, patch, grid, D, num_prefix, dtype, pos, form):
+    height, width = (g * p for g, p in zip(grid, patch, strict=True))
+    check(draw(2, channels, height, width, patch, D, num_prefix, dtype, pos=pos, **form), pos)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(("shape", "dtype"), [("p14 odd grid", torch.bfloat16), ("p16 registers", torch.float32)], ids=str)
+def test_cublas_plan_is_within_budget(shape, dtype, form):
+    *sizes, pos = SHAPES[shape]
+    check(draw(3, *sizes, dtype, pos=pos, **form), pos, plan="cublas")
+
+
+@pytest.mark.parametrize("pixel", [torch.float32, torch.float16, torch.uint8], ids=str)
+def test_pixels_are_rounded_to_the_weights_dtype_in_the_load(pixel):
+    inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.bfloat16, pixel=pixel)
+    check(inputs)
+    if pixel == torch.uint8:
+        return
+    images, identity = inputs[0][..., :16, :16], torch.eye(768).view(768, 3, 16, 16).bfloat16()
+    with fused, _select.planning("triton"):
+        assert torch.equal(vk.ops.patch_embed(images, identity).view(2, 3, 16, 16), images.bfloat16())
+
+
+def test_float32_positions_make_a_float32_stream_of_bfloat16_products():
+    """The dtypes of autocast, after its casts."""
+    inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.float32)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+        out = under("triton")(*inputs)
+    rounded = [*(t.bfloat16() for t in inputs[:2]), *inputs[2:]]
+    assert out.dtype == torch.float32
+    oracle = by_pytorch()(*(None if t is None else t.double() for t in rounded))
+    torch.testing.assert_close(out.double(), oracle, atol=1e-5, rtol=1e-5)
+
+
+STRIDED = {
+    "crop": lambda: torch.randn(2, 3, 40, 56)[:, :, 3:35, 5:53],
+    "every second column": lambda: torch.randn(2, 3, 32, 96)[..., ::2],
+    "channels out of four": lambda: torch.randn(2, 4, 32, 48).to(memory_format=LAST)[:, :3],
+    "transposed": lambda: torch.randn(2, 3, 48, 32).transpose(2, 3),
+    "one image for all": lambda: torch.randn(1, 3, 32, 48).expand(2, -1, -1, -1),
+    "one channel for all": lambda: torch.randn(2, 1, 32, 48).expand(-1, 3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
+def test_any_strides_give_the_bits_of_the_contiguous_images(make):
+    images, inputs = make(), draw(2, 3, 32, 48, (16, 16), 48, 1, torch.float32)[1:5]
+    call, cotangent = (lambda *a: under("triton")(*a, None, None)), torch.randn(2, 7, 48)
+    strided = outputs_and_gradients(call, [images, *inputs], [cotangent])
+    dense = outputs_and_gradients(call, [images.contiguous(), *inputs], [cotangent])
+    for name, value in dense.items():
+        torch.testing.assert_close(strided[name], value, atol=2e-6, rtol=1e-5)
+
+
+def test_a_batch_of_hwc_images_is_read_without_a_copy():
+    photos = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8)
+    inputs = draw(2, 3, 32, 48, (16, 16), 48, 1, torch.float32, pixel=torch.uint8)
+    images = photos.permute(0, 3, 1, 2)
+    assert images.is_contiguous(memory_format=LAST)
+    got = under("triton")(images, *inputs[1:])
+    torch.testing.assert_close(got, by_pytorch()(images, *inputs[1:]), atol=1e-5, rtol=1e-5)
+
+
+def test_uint8_pixels_are_normalised_to_the_last_bits_of_float32():
+    """A weight that is the identity lets every pixel through: all 256 values of three channels with ImageNet's mean and std."""
+    mean, std = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
+    weight = torch.eye(768).view(768, 3, 16, 16)
+    with fused, _select.planning("triton"):
+        got = vk.ops.patch_embed(images, weight, mean=mean, std=std).view(3, 256)
+    expected = ((images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).view(3, 256)
+    # The interpreter's fma rounds twice, a GPU's once.
+    torch.testing.assert_close(got, expected, atol=0 if torch.cuda.is_available() else 3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("plan", ["triton", "cublas"])
+def test_no_image_and_one_image(batch, plan):
+    inputs = draw(batch, 3, 32, 48, (16, 16), 64, 1, torch.float32)
+    if batch:
+        return check(inputs, plan=plan)
+    results = outputs_and_gradients(lambda *a: under(plan)(*a, None, None), inputs[:5], [torch.zeros(0, 7, 64)])
+    assert results["output 0"].shape == (0, 7, 64)
+    assert not any(results[f"gradient of input {i}"].any() for i in range(1, 5))
+
+
+def test_weight_gradient_adds_up_any_number_of_partial_sums(monkeypatch):
+    """As many splits as a large GPU runs, the last of them short."""
+    monkeypatch.setattr("vitkernels.kernels.patch_embed.multiprocessors", lambda device: 132)
+    check(draw(5, 3, 96, 96, (8, 8), 32, 1, torch.bfloat16))
+
+
+def test_results_are_bitwise_reproducible():
+    inputs, cotangent = draw(3, 3, 70, 98, (14, 14), 64, 1, torch.bfloat16), torch.randn(3, 36, 64)
+    call = lambda *a: under("triton")(*a, None, None)  # noqa: E731
+    first, again = (outputs_and_gradients(call, inputs[:5], [cotangent]) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_without_a_table_16_bit_takes_the_kernel_and_true_float32_cublas(monkeypatch):
+    launched = []
+    from vitkernels.kernels import patch_embed as kernels
+
+    monkeypatch.setattr(kernels, "_cublas_fwd", lambda *a: launched.append("cublas"))
+    for dtype in (torch.bfloat16, torch.float32):
+        under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, dtype))
+    entry = {"plan": "cublas"}
+    monkeypatch.setattr(kernels._tuned, "lookup", lambda arch, stem, key: entry if key == "plain/32/768/64" else None)
+    under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.bfloat16))
+    if torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.is_available():
+        assert launched == ["cublas"]  # of the table: TF32 has tensor cores
+    else:
+        assert launched == ["cublas"] * (1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 2)
+
+
+# The operators' contract.
+
+
+def opcheck_arguments():
+    """Arguments for each operator of this stem, for test_registration."""
+    f32 = torch.float32
+    images, weight, bias, prefix, positions, _, _ = draw(2, 3, 8, 12, (4, 4), 16, 1, f32)
+    pixels, _, _, _, patches, mean, std = draw(2, 3, 8, 12, (4, 4), 16, 1, f32, pos="patches", pixel=torch.uint8, layout=LAST)
+    dout, half = torch.randn(2, 7, 16), weight.bfloat16()
+    last = images.to(memory_format=LAST)
+    return {
+        "patch_embed_fwd": [
+            (images, weight, bias, prefix, positions, True, None, None, f32, False, "triton", ""),
+            (last, weight, None, None, None, True, None, None, f32, False, "cublas", ""),
+            (pixels, half, bias, prefix, patches, False, mean, std, f32, False, "auto", ""),
+        ],
+        "patch_embed_bwd": [
+            (dout, images, weight, None, None, True, True, True, False, "triton", ""),
+            (dout, last, weight, None, None, True, True, False, False, "cublas", ""),
+            (dout, pixels, half, mean, std, False, True, True, False, "auto", ""),
+        ],
+    }
+
+
+def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
+    """The kernels have no float64; the operators' reference does, and takes the same road through autograd."""
+    with torch.device("cpu"):
+        inputs = draw(2, 2, 4, 6, (2, 2), 3, 2, torch.float64)[:5]
+    leaves = [t.requires_grad_() for t in inputs]
+    settings = (torch.float64, False, "auto", "")
+    assert torch.autograd.gradcheck(lambda *a: _PatchEmbed.apply(*a, True, None, None, *settings), leaves)
+    leaves[4] = leaves[4][:, 2:].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: _PatchEmbed.apply(*a, False, None, None, *settings), leaves)
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    images, weight, bias, prefix, positions, _, _ = draw(2, 3, 32, 48, (16, 16), 48, 1, torch.float32)
+    under("triton")(images, weight, bias.requires_grad_(), prefix, positions.requires_grad_(), None, None).sum().backward()
+    assert images.grad is None
+    assert weight.grad is None
+    torch.testing.assert_close(bias.grad, torch.full((48,), 12.0))
+    torch.testing.assert_close(positions.grad, torch.full((1, 7, 48), 2.0))
+
+
+def test_double_backward_raises():
+    images, weight, bias, prefix, positions, _, _ = draw(1, 3, 16, 16, (16, 16), 16, 1, torch.float32)
+    out = under("triton")(images, weight.requires_grad_(), bias, prefix, positions, None, None)
+    (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_a_kernel_runs_under_compile_fullgraph_with_dynamic_shapes():
+    call = lambda *a: under("triton")(*a, None, None)  # noqa: E731
+
+    def function(images, weight, bias, prefix, positions):
+        return vk.ops.patch_embed(images, weight, bias, prefix_tokens=prefix, pos_embed=positions)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with fused, _select.planning("triton"):
+        for height in (32, 48):
+            inputs = draw(2, 3, height, 32, (16, 16), 32, 1, torch.bfloat16)[:5]
+            cotangents = [torch.ones(2, inputs[4].shape[1], 32)]
+            want, got = (outputs_and_gradients(f, inputs, cotangents) for f in (call, compiled))
+            assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_why_not_names_what_the_kernel_does_not_take(no_interpreter):
+    images, weight = torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    with torch.device("cpu"):
+        assert "TRITON_INTERPRET=1" in " ".join(why_not(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4)))
+    assert "float64" in " ".join(why_not(images, weight.double()))
+    assert "no elements" in " ".join(why_not(images, weight[:0]))
+    assert "different devices" in " ".join(why_not(images, weight.to("meta")))
+
+
+# The reference against timm.
 
 
 @pytest.mark.parametrize(
@@ -55,10 +368,7 @@ def test_uint8_pixels_of_a_photograph_are_normalised_as_timms_transforms_do():
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_fused_raises_and_says_that_there_is_no_kernel_yet():
-    with vk.backend("fused"), pytest.raises(RuntimeError, match="this version has no patch_embed kernel"):
-        vk.ops.patch_embed(torch.zeros(1, 3, 16, 16), torch.zeros(8, 3, 16, 16))
-
+# Wrong input.
 
 X, W = torch.zeros(1, 3, 32, 32), torch.zeros(8, 3, 16, 16)
 MEAN = torch.zeros(3)
@@ -72,6 +382,7 @@ MEAN = torch.zeros(3)
         (lambda: vk.ops.patch_embed(X[0], W), ValueError, "images must have shape"),
         (lambda: vk.ops.patch_embed(X.int(), W), TypeError, "images must be of dtype .*uint8, got int32"),
         (lambda: vk.ops.patch_embed(X, W, MEAN), ValueError, r"bias must have shape \(8\)"),
+        (lambda: vk.ops.patch_embed(X, W, W[:, 0, 0, 0].half()), TypeError, "bias must be of dtype float32, got float16"),
         (lambda: vk.ops.patch_embed(X, W, prefix_tokens=torch.zeros(2, 1, 8)), ValueError, r"prefix_tokens must have shape"),
         (
             lambda: vk.ops.patch_embed(X, W, pos_embed=torch.zeros(1, 5, 8)),

@@ -7,6 +7,7 @@ import pytest
 import test_attention
 import test_layer_norm
 import test_linear
+import test_patch_embed
 import test_pos_embed
 import torch
 from helpers import KERNEL_TESTS
@@ -23,6 +24,7 @@ STEMS = {
     "attention_backward": test_attention,
     "linear": test_linear,
     "linear_bwd": test_linear,
+    "patch_embed": test_patch_embed,
     "pos_embed": test_pos_embed,
 }
 

@@ -18,12 +18,25 @@ _logger = logging.getLogger("vitkernels")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One patch embedding, transformer block or attention pooling of a model."""
+    """One patch embedding, transformer block or attention pooling of a model.
+
+    Attributes:
+        reasons: why it is not fused.
+        apart: of a fused patch embedding, why prefix tokens and positions are added by timm in steps of their own.
+    """
 
     name: str
     kind: str
     fused: bool
     reasons: tuple[str, ...]
+    apart: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> str:
+        """``fused``, or why not, or what of it is not."""
+        if not self.fused:
+            return "; ".join(self.reasons)
+        return "fused" + "".join(f"; positions in timm's own step: {reason}" for reason in self.apart)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class FusionReport:
 
         modules = Table("module", "class", "state", title=f"{self.num_fused} of {len(self.modules)} modules fused")
         for m in self.modules:
-            modules.add_row(m.name, m.kind, "fused" if m.fused else "; ".join(m.reasons))
+            modules.add_row(m.name, m.kind, m.state)
         operators = Table("operator", "runs", title="operators on this model's device and dtype")
         for name, reasons in self.operators.items():
             operators.add_row(name, "kernel" if not reasons else "PyTorch: " + "; ".join(reasons))
@@ -60,9 +73,10 @@ class FusionReport:
 
 
 RECOMPUTE = (None, "mlp")
+INPUTS = ("float", "uint8")
 
 
-def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None) -> nn.Module:
+def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None, input: str = "float") -> nn.Module:
     """Swap the blocks, patch embeddings and attention pooling of timm models inside ``model`` for fused ones, in place.
 
     Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
@@ -75,13 +89,17 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         recompute: ``"mlp"``: blocks save nothing of the MLP's width for backward and compute fc1 again there. The gradients
             are bitwise the same; a block saves 6 units instead of 10 (one unit is its input) and costs 11% more FLOPs in
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
+        input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
+            and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as
+            ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it contains no block of timm's ``vision_transformer``, or ``recompute`` is unknown.
+        ValueError: it contains no block of timm's ``vision_transformer``, or ``recompute`` or ``input`` is unknown, or
+            ``"uint8"`` and there is no timm ``PatchEmbed``, or no mean and std for its channels.
         RuntimeError: ``strict`` and something would not run fused, or a ``forward`` of timm's has an unknown signature.
 
         The model is unchanged after an error.
@@ -89,7 +107,9 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
     report = explain(model)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
-    from .models import FusedBlock, fuse_classes, set_recompute_mlp
+    if input not in INPUTS:
+        raise ValueError(f"input must be one of {', '.join(map(repr, INPUTS))}, got {input!r}")
+    from .models import FusedBlock, fuse_classes, set_pixel_statistics, set_recompute_mlp
 
     if not any(isinstance(module, FusedBlock.stock) for module in model.modules()):
         found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
@@ -97,8 +117,12 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
     not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
     if strict and not_fused:
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
+    statistics = _pixel_statistics(model) if input == "uint8" else {}
     fuse_classes(model)
     set_recompute_mlp(model, recompute == "mlp")
+    _forget_pixel_statistics(model)
+    for stem, (mean, std) in statistics.items():
+        set_pixel_statistics(stem, mean, std)
     if not_fused:
         counts = f"{len(not_fused)} of {len(report.modules)} modules still run timm's forward"
         _logger.log(
@@ -126,7 +150,43 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     unfuse_classes(model)
     set_recompute_mlp(model, False)
+    _forget_pixel_statistics(model)
     return model
+
+
+def _forget_pixel_statistics(model: nn.Module) -> None:
+    from .models import FusedPatchEmbed, clear_pixel_statistics
+
+    for module in model.modules():
+        if isinstance(module, FusedPatchEmbed.stock):
+            clear_pixel_statistics(module)
+
+
+def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Mean and std of each patch embedding, from the ``pretrained_cfg`` of the timm model that it belongs to."""
+    from .models import FusedPatchEmbed
+
+    found: dict[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]] = {}
+    stems = {
+        name: stem
+        for name, stem in model.named_modules()
+        if type(stem) in (FusedPatchEmbed, FusedPatchEmbed.stock) and type(stem.proj) is nn.Conv2d
+    }
+    if not stems:
+        raise ValueError("input='uint8' needs a timm PatchEmbed with a convolution, and model has none")
+    owners = {name: module for name, module in model.named_modules() if getattr(module, "pretrained_cfg", None)}
+    for name, stem in stems.items():
+        inside = [owner for owner in owners if not owner or name.startswith(f"{owner}.")]
+        config = dict(owners[max(inside, key=len)].pretrained_cfg) if inside else {}
+        mean, std = tuple(config.get("mean") or ()), tuple(config.get("std") or ())
+        channels = stem.proj.in_channels
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"input='uint8' needs mean and std of the {channels} channels of {name} in its model's pretrained_cfg,"
+                f" got mean={mean}, std={std}"
+            )
+        found[stem] = mean, std
+    return found
 
 
 def explain(model: nn.Module) -> FusionReport:
@@ -139,7 +199,7 @@ def explain(model: nn.Module) -> FusionReport:
     """
     _check_module(model)
     reports = tuple(
-        ModuleReport(name or "(model)", type(module).__name__, not reasons, tuple(reasons))
+        ModuleReport(name or "(model)", type(module).__name__, not reasons, tuple(reasons), tuple(_apart(model, name, module)))
         for name, module in model.named_modules()
         if (reasons := _reasons(name, module)) is not None
     )
@@ -163,6 +223,18 @@ def _reasons(name: str, module: nn.Module) -> list[str] | None:
     if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module) or _is_stem(name):
         return [f"vitkernels has no fused form of {type(module).__module__}.{type(module).__name__}"]
     return None
+
+
+def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:
+    """Why a fused patch embedding is not merged with what timm's ``_pos_embed`` does; empty for a block."""
+    from .models import FusedPatchEmbed, FusedVisionTransformer
+
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(module, FusedPatchEmbed) or owner is module:
+        return []
+    if not isinstance(owner, FusedVisionTransformer) or owner._modules.get("patch_embed") is not module:
+        return [f"{type(owner).__name__} has its own"]
+    return owner.why_not_merged()
 
 
 def _is_stem(name: str) -> bool:

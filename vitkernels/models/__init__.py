@@ -4,7 +4,7 @@ from ._swap import FUSED_CLASSES, fuse_classes, set_recompute_mlp, unfuse_classe
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
-from .patch_embed import FusedPatchEmbed
+from .patch_embed import FusedPatchEmbed, FusedVisionTransformer, clear_pixel_statistics, set_pixel_statistics
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from .vit_pytorch import load_vit_pytorch
 
@@ -14,9 +14,12 @@ __all__ = [
     "FusedBlock",
     "FusedNaFlexEmbeds",
     "FusedPatchEmbed",
+    "FusedVisionTransformer",
     "VisionTransformer",
+    "clear_pixel_statistics",
     "fuse_classes",
     "load_vit_pytorch",
+    "set_pixel_statistics",
     "set_recompute_mlp",
     "unfuse_classes",
     "vit_base",

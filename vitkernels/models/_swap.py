@@ -4,11 +4,10 @@ import inspect
 
 from torch import nn
 
-from ._positions import FusedPositions
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
-from .patch_embed import FusedPatchEmbed
+from .patch_embed import FusedPatchEmbed, FusedVisionTransformer
 
 # By exact class. Each fused class has `stock`, its timm class, and `why_not(module)`.
 _FUSED = (FusedBlock, FusedPatchEmbed, FusedAttentionPool, FusedNaFlexEmbeds)
@@ -40,8 +39,9 @@ def unfuse_classes(model: nn.Module) -> None:
 
 
 def _all_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """With the one that ``explain`` does not list: the model, whose forward stays timm's but for the resampled positions."""
-    return FUSED_CLASSES | {FusedPositions.stock: FusedPositions}
+    """With the one that ``explain`` does not list: the model, no part that can fail to fuse, only the place where patch
+    embedding and positions become one operator."""
+    return FUSED_CLASSES | {FusedVisionTransformer.stock: FusedVisionTransformer}
 
 
 def set_recompute_mlp(model: nn.Module, on: bool) -> None:

@@ -15,8 +15,8 @@ from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from ..ops import resample_pos_embed
-from ._positions import FusedPositions
 from ._swap import fuse_classes
+from .patch_embed import FusedVisionTransformer
 
 _logger = logging.getLogger("vitkernels")
 
@@ -24,7 +24,7 @@ _INIT = inspect.signature(timm_vit.VisionTransformer.__init__)
 _POS_EMBED = ("learn", "sincos2d", "none", "")
 
 
-class VisionTransformer(FusedPositions):
+class VisionTransformer(FusedVisionTransformer):
     """``timm.models.vision_transformer.VisionTransformer`` with its blocks and patch embedding fused from the start.
 
     Every argument and method of timm's, and its state dicts load with ``strict=True``, also those of another square resolution:

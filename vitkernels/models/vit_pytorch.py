@@ -12,6 +12,7 @@ from timm.layers.format import nchw_to
 from timm.layers.trace_utils import _assert
 from torch import Tensor, nn
 
+from .patch_embed import linear_as_convolution
 from .vision_transformer import VisionTransformer
 
 _NORM = functools.partial(LayerNorm, eps=1e-5)  # nn.LayerNorm's default, which that library uses; timm's is 1e-6
@@ -213,8 +214,7 @@ def _reshape(weights: dict[str, Tensor], arguments: Mapping[str, Any]) -> None:
     if arguments["class_token"]:
         weights["cls_token"] = token.reshape(1, 1, width)
     if "patch_embed.norm_in.weight" not in weights:
-        stem = stem.unflatten(1, (*to_2tuple(arguments["patch_size"]), -1))  # (D, p_h, p_w, C)
-        weights["patch_embed.proj.weight"] = stem.permute(0, 3, 1, 2)
+        weights["patch_embed.proj.weight"] = linear_as_convolution(stem, to_2tuple(arguments["patch_size"]))
     if "blocks.0.attn.proj.weight" not in weights:  # one head of width D goes out as it is
         for i in range(arguments["depth"]):
             weights[f"blocks.{i}.attn.proj.weight"] = torch.eye(width, dtype=stem.dtype, device=stem.device)

@@ -1,0 +1,351 @@
+"""The stem of a model: patch embedding, prefix tokens and positions in one operator, and from uint8 pixels.
+
+``stem_kernel`` runs the stem's kernel (interpreted without a GPU) inside a model whose other operators run as ever.
+"""
+
+import copy
+import functools
+import io
+
+import pytest
+import timm
+import torch
+from helpers import assert_within_budget
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform, resolve_data_config
+from timm.layers import LayerNorm, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer as Stock
+from torch import nn
+
+import vitkernels as vk
+from vitkernels import _select
+from vitkernels.models import FusedPatchEmbed, FusedVisionTransformer
+from vitkernels.models.patch_embed import linear_as_convolution
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+KINDS = {
+    "class token": {},
+    "registers": {"reg_tokens": 4},
+    "no_embed_class": {"reg_tokens": 4, "no_embed_class": True},
+    "average": {"class_token": False, "global_pool": "avg"},
+    "siglip": {"class_token": False, "global_pool": "map"},
+    "no positions": {"pos_embed": "none"},
+    "no positions, no prefix": {"pos_embed": "none", "class_token": False, "global_pool": "avg"},
+    "pre_norm": {"pre_norm": True},
+    "dynamic size": {"dynamic_img_size": True},
+    "rectangular": {"img_size": (24, 40), "patch_size": (8, 4)},
+    "crop": {"img_size": 35},
+}
+
+
+@pytest.fixture
+def stem_kernel(monkeypatch):
+    """The names of the operators that were asked to run; patch_embed runs its kernel."""
+    asked, use = [], _select.use_kernel
+
+    def use_kernel(op, x, why_not, *rest):
+        asked.append(op)
+        return True if op == "patch_embed" and not why_not() else use(op, x, why_not, *rest)
+
+    monkeypatch.setattr("vitkernels._select.use_kernel", use_kernel)
+    monkeypatch.setattr("vitkernels._select._plan", "triton")
+    return asked
+
+
+def models(**arguments):
+    """timm's model and a fused copy, no parameter zero."""
+    stock = Stock(**{**SIZES, **arguments}).eval()
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return stock, vk.fuse(copy.deepcopy(stock))
+
+
+def images(model, batch=2, size=None):
+    return torch.randn(batch, 3, *(size or model.patch_embed.img_size))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_logits_and_gradients_are_timms(kind, stem_kernel):
+    stock, fused = models(**kind)
+    assert type(fused) is FusedVisionTransformer
+    assert fused.why_not_merged() == []
+    x = images(stock)
+    oracle = copy.deepcopy(stock).double()
+    results = {}
+    for name, model, pixels in (("eager", stock, x), ("kernel", fused, x), ("oracle", oracle, x.double())):
+        leaf = pixels.detach().requires_grad_()
+        out = model(leaf)
+        out.square().sum().backward()
+        results[name] = {"logits": out.detach(), "images": leaf.grad}
+        results[name] |= {key: p.grad for key, p in model.named_parameters() if key.startswith(("patch", "pos", "cls", "reg"))}
+    assert stem_kernel.count("patch_embed") == 1
+    for key, value in results["kernel"].items():
+        assert_within_budget(key, value, results["eager"][key], results["oracle"][key])
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_fallback_gives_timms_bits(kind):
+    stock, fused = models(**kind)
+    x = images(stock)
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
+    for model in (stock, fused):
+        model.train()
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"output_fmt": "NLC"}, {"return_prefix_tokens": True, "norm": True}], ids=str)
+def test_intermediates_are_timms(arguments, stem_kernel):
+    stock, fused = models(reg_tokens=4, dynamic_img_size=True)
+    x = images(stock, size=(40, 24))
+    (final, between), (expected_final, expected) = (m.forward_intermediates(x, **arguments) for m in (fused, stock))
+    assert stem_kernel.count("patch_embed") == 1
+    torch.testing.assert_close(final, expected_final, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(between, expected, atol=1e-5, rtol=1e-5)
+    layers = [m.get_intermediate_layers(x, 2, reshape=True) for m in (fused, stock)]
+    torch.testing.assert_close(*layers, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_resampled_for_another_size_and_get_their_gradient(stem_kernel):
+    stock, fused = models(dynamic_img_size=True)
+    x = images(stock, size=(48, 16))
+    for model in (stock, fused):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(fused.pos_embed.grad, stock.pos_embed.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_position_and_patch_dropout_draw_as_timm_does():
+    stock, fused = models(pos_drop_rate=0.3, patch_drop_rate=0.5)
+    x = images(stock)
+    outputs = []
+    for model in (stock.train(), fused.train()):
+        torch.manual_seed(1)
+        outputs.append(model.forward_features(x))
+    torch.testing.assert_close(*outputs, atol=2e-6, rtol=1e-5)
+
+
+def test_called_alone_the_patch_embedding_and_pos_embed_keep_timms_shapes(stem_kernel):
+    for kind in ({"reg_tokens": 4}, {"dynamic_img_size": True}):
+        stock, fused = models(**kind)
+        x = images(stock)
+        got, expected = fused.patch_embed(x), stock.patch_embed(x)
+        assert got.shape == expected.shape
+        torch.testing.assert_close(fused._pos_embed(got), stock._pos_embed(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_numbers_under_autocast(stem_kernel):
+    stock, fused = models(reg_tokens=4)
+    x = images(stock)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = fused.embed(x), stock._pos_embed(stock.patch_embed(x))
+    assert got.dtype == expected.dtype == torch.float32
+    oracle = copy.deepcopy(stock).double()
+    assert_within_budget("tokens", got, expected, oracle._pos_embed(oracle.patch_embed(x.double())))
+
+
+# When timm's two steps run.
+
+
+def hook(*_):
+    return None
+
+
+def doubled(forward, x):
+    return 2 * forward(x)
+
+
+def own_forward(model):
+    model.patch_embed.forward = functools.partial(doubled, model.patch_embed.forward)
+
+
+def own_pos_embed(model):
+    model._pos_embed = functools.partial(doubled, model._pos_embed)
+
+
+REASONS = {
+    "hook on patch_embed": (lambda m: m.patch_embed.register_forward_hook(hook), "patch_embed has hooks"),
+    "hook on its convolution": (lambda m: m.patch_embed.proj.register_forward_hook(hook), "proj has hooks"),
+    "hook on its norm": (lambda m: m.patch_embed.norm.register_forward_pre_hook(hook), "patch_embed.norm has hooks"),
+    "patch norm": (lambda m: setattr(m.patch_embed, "norm", LayerNorm(64)), "norm is a timm LayerNorm, not Identity"),
+    "own forward": (own_forward, "patch_embed overrides forward"),
+    "own _pos_embed": (own_pos_embed, "_pos_embed was replaced"),
+    "padding": (lambda m: setattr(m.patch_embed, "dynamic_img_pad", True), "dynamic_img_pad pads"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), REASONS.values(), ids=REASONS)
+def test_what_the_merged_stem_would_skip_means_timms_steps_and_explain_says_so(change, reason):
+    stock, fused = models(class_token=False, global_pool="avg")
+    torch.manual_seed(2)
+    change(stock)
+    torch.manual_seed(2)
+    change(fused)
+    assert any(reason in found for found in fused.why_not_merged())
+    x = images(stock)
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
+    row = next(m for m in vk.explain(fused).modules if m.name == "patch_embed")
+    assert reason in row.state
+
+
+def test_a_hook_on_the_patch_embedding_sees_timms_output():
+    stock, fused = models(reg_tokens=4)
+    seen = []
+    for model in (stock, fused):
+        model.patch_embed.register_forward_hook(lambda module, args, out: seen.append(out))
+        model(images(stock))
+    assert seen[0].shape == seen[1].shape == (2, 16, 64)
+
+
+def test_a_patched_class_takes_effect(monkeypatch):
+    stock, fused = models()
+    monkeypatch.setattr(Stock, "_pos_embed", lambda self, x: torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
+    torch.testing.assert_close(fused(images(stock, size=None)).shape, stock(images(stock)).shape)
+    assert "_pos_embed was replaced" in fused.why_not_merged()
+
+
+def test_other_models_keep_their_own_positions_and_explain_says_whose():
+    model = vk.fuse(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=3))
+    assert type(model.patch_embed) is FusedPatchEmbed
+    (row,) = (m for m in vk.explain(model).modules if m.name == "patch_embed")
+    assert row.fused
+    assert "VisionTransformerDistilled has its own" in row.state
+
+
+def test_unfuse_gives_timms_class_and_bits_back():
+    stock, fused = models()
+    vk.unfuse(fused)
+    assert type(fused) is Stock
+    assert type(fused.patch_embed) is PatchEmbed
+    x = images(stock)
+    assert torch.equal(fused(x), stock(x))
+
+
+# uint8.
+
+
+def with_statistics(**arguments):
+    stock, fused = models(**arguments)
+    for model in (stock, fused):
+        model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return stock, vk.fuse(fused, input="uint8")
+
+
+def normalised(pixels):
+    mean, std = (torch.tensor(t).view(-1, 1, 1) for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (pixels.float() / 255 - mean) / std
+
+
+def photographs(size):
+    """Two, as PIL decodes them."""
+    return [Image.fromarray(load_sample_image(name)).resize(size) for name in ("china.jpg", "flower.jpg")]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
+def test_photographs_as_uint8_give_the_logits_of_timms_transforms(name, stem_kernel):
+    stock = timm.create_model(name, depth=1, embed_dim=64, num_heads=1, num_classes=10).eval()
+    config = resolve_data_config(stock.pretrained_cfg)
+    to_float, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
+    photos = photographs((320, 240))
+    floats, pixels = (torch.stack([transform(photo) for photo in photos]) for transform in (to_float, to_pixels))
+    assert pixels.dtype == torch.uint8
+    fused = vk.fuse(copy.deepcopy(stock), input="uint8")
+    oracle = copy.deepcopy(stock).double()
+    with torch.inference_mode():
+        expected, truth = stock(floats), oracle(floats.double())
+        assert_within_budget("uint8", fused(pixels), expected, truth)
+        channels_last = pixels.to(memory_format=torch.channels_last)
+        assert_within_budget("uint8 channels_last", fused(channels_last), expected, truth)
+        assert_within_budget("float", fused(floats), expected, truth)
+    assert stem_kernel.count("patch_embed") == 3
+
+
+def test_uint8_works_where_the_fallback_runs_and_float_images_mean_what_they_meant():
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for change in (lambda m: None, lambda m: m.patch_embed.proj.register_forward_hook(hook), own_forward):
+        stock, fused = with_statistics()
+        change(stock)
+        change(fused)
+        expected = stock(normalised(pixels))
+        torch.testing.assert_close(fused(pixels), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(fused(normalised(pixels)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_uint8_statistics_survive_a_change_of_dtype_and_are_in_no_state_dict():
+    stock, fused = with_statistics()
+    assert fused.state_dict().keys() == stock.state_dict().keys()
+    fused.load_state_dict(stock.state_dict())
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    half, stock_half, oracle = copy.deepcopy(fused).bfloat16(), copy.deepcopy(stock).bfloat16(), copy.deepcopy(stock).double()
+    expected, truth = stock_half(normalised(pixels).bfloat16()), oracle(normalised(pixels).double())
+    assert_within_budget("logits", half(pixels), expected, truth)
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    again = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert torch.equal(again(pixels), fused(pixels))
+    compiled = torch.compile(fused.embed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels), fused.embed(pixels))
+
+
+def test_uint8_trains_the_weights(stem_kernel):
+    stock, fused = with_statistics()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    fused(pixels).square().sum().backward()
+    stock(normalised(pixels)).square().sum().backward()
+    for name, p in stock.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_unfuse_or_another_fuse_takes_uint8_back():
+    for undo in (vk.unfuse, vk.fuse):
+        _, fused = with_statistics()
+        undo(fused)
+        assert not list(fused.buffers())
+        with pytest.raises((ValueError, RuntimeError)):
+            fused(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (lambda: models()[0], {"input": "int8"}, "input must be one of 'float', 'uint8', got 'int8'"),
+        (lambda: models()[0], {"input": "uint8"}, r"mean and std of the 3 channels of patch_embed .*got mean=\(\), std=\(\)"),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1),
+            {"input": "uint8"},
+            r"mean and std of the 1 channels of patch_embed .*got mean=\(0.5",
+        ),
+        (
+            lambda: nn.Sequential(*models()[0].blocks),
+            {"input": "uint8"},
+            "needs a timm PatchEmbed with a convolution",
+        ),
+    ],
+)
+def test_uint8_needs_to_know_mean_and_std(model, arguments, message):
+    model = model()
+    with pytest.raises(ValueError, match=message):
+        vk.fuse(model, **arguments)
+    assert not any(type(m).__module__.startswith("vitkernels") for m in model.modules())
+
+
+# Linear patchifiers.
+
+
+def test_a_linear_patchifier_is_a_convolution_by_permutation(stem_kernel):
+    """NaFlexVit's and vit-pytorch's order of a patch: (p_h, p_w, C)."""
+    linear, x = nn.Linear(8 * 4 * 3, 48), torch.randn(2, 3, 24, 20)
+    patches = x.unflatten(3, (5, 4)).unflatten(2, (3, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    weight = linear_as_convolution(linear.weight, (8, 4))
+    assert weight.data_ptr() == linear.weight.data_ptr()  # a view: gradients reach the Linear
+    got = vk.ops.patch_embed(x, weight, linear.bias)
+    torch.testing.assert_close(got, linear(patches), atol=1e-5, rtol=1e-5)
+    got.square().sum().backward()
+    mine, linear.weight.grad = linear.weight.grad, None
+    linear(patches).square().sum().backward()
+    torch.testing.assert_close(mine, linear.weight.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_a_linear_patchifier_has_whole_patches():
+    with pytest.raises(ValueError, match=r"96 inputs are no patches of \(8, 5\)"):
+        linear_as_convolution(torch.zeros(4, 96), (8, 5))
