@@ -38,14 +38,6 @@ def tuned_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkernels" / "tuned"
 
 
-def tuned_dir() -> Path:
-    """Where the user's tuned tables are; need not exist."""
-    cache = os.environ.get("VITKERNELS_CACHE")
-    if cache:
-        return Path(cache) / "tuned"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkernels" / "tuned"
-
-
 def extension() -> ModuleType | None:
     """The compiled extension ``vitkernels._C``, or ``None`` when the package was installed without a compiler."""
     if importlib.util.find_spec("vitkernels._C") is None:
