@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
-from . import bench, classify, info, inspect, roofline
+from . import bench, classify, info, inspect, roofline, tune
 from ._output import CommandError
 
-_COMMANDS = (info, bench, classify, inspect, roofline)
+_COMMANDS = (info, bench, classify, inspect, roofline, tune)
 
 
 class _Parser(argparse.ArgumentParser):
