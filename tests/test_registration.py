@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 import pytest
+import test_fold
 import test_layer_norm
 import test_linear
 import torch
@@ -14,7 +15,7 @@ from vitkernels.ops import _register
 
 pytestmark = KERNEL_TESTS
 # A stem with kernels: where its launchers are, and its test module, which lists arguments for each of its operators.
-STEMS = {"layer_norm": test_layer_norm, "linear": test_linear, "linear_bwd": test_linear}
+STEMS = {"layer_norm": test_layer_norm, "linear": test_linear, "linear_bwd": test_linear, "folded_linear": test_fold}
 
 
 def arguments(name=None):

@@ -332,8 +332,15 @@ def test_bad_requests_are_one_line(clock, capsys, arguments, message):
 
 def test_a_models_gemms_are_its_cases():
     cases = tune._cases(["test_vit"], [2], "sm_90")
-    assert [case.key for case in cases] == ["act/192/64/256", "residual/64/192/256", "residual/64/64/256", "plain/192/64/256"]
-    assert [case.rows for case in cases] == [2 * 101] * 4
+    assert [case.key for case in cases] == [
+        "act/192/64/256",
+        "residual/64/192/256",
+        "residual/64/64/256",
+        "norm_act/192/64/256",
+        "norm/192/64/256",
+        "plain/192/64/256",
+    ]
+    assert {case.rows for case in cases} == {2 * 101}
 
 
 def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_first():
@@ -345,7 +352,7 @@ def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_
     assert by_key["act/3072/768/65536"].rows == 256 * 197
     assert by_key["act/4304/1152/16384"].rows == 64 * 256
     kinds = [case.kind for case in cases]
-    assert kinds == sorted(kinds, key=["act", "residual", "plain"].index)
+    assert kinds == sorted(kinds, key=["act", "residual", "norm_act", "norm", "plain"].index)
     rows = [case.rows for case in cases if case.kind == "act"]
     assert rows == sorted(rows, reverse=True)
 
@@ -370,7 +377,7 @@ def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, mon
     monkeypatch.setattr(tune, "_makers", MAKERS)
     clock.milliseconds = {"256": 0.5}
     document = tuned(capsys, "test_vit", "--batch-sizes", "1")
-    assert len(document["rows"]) == 4
+    assert len(document["rows"]) == 6
     for row in document["rows"]:
         assert row["refused"] == row["broken"] == {}
         assert row["chosen"] == "descriptor 128x256x64 w8 s3 /4 x1"

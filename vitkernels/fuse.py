@@ -62,7 +62,7 @@ class FusionReport:
 RECOMPUTE = (None, "mlp")
 
 
-def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None) -> nn.Module:
+def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None, inference: bool = False) -> nn.Module:
     """Swap the transformer blocks and patch embeddings of timm models inside ``model`` for fused ones, in place.
 
     Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
@@ -75,13 +75,19 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         recompute: ``"mlp"``: blocks save nothing of the MLP's width for backward and compute fc1 again there. The gradients
             are bitwise the same; a block saves 6 units instead of 10 (one unit is its input) and costs 11% more FLOPs in
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
+        inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
+            bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
+            no state dict has; the parameters stay as they are. Changed parameters (``load_state_dict``, ``.half()``, a step of
+            an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them.
+            ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it contains no block of timm's ``vision_transformer``, or ``recompute`` is unknown.
+        ValueError: it contains no block of timm's ``vision_transformer``, ``recompute`` is unknown, or a block is in training
+            mode and ``inference`` was asked for.
         RuntimeError: ``strict`` and something would not run fused, or timm's ``Block.forward`` has an unknown signature.
 
         The model is unchanged after an error.
@@ -89,9 +95,14 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
     report = explain(model)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
-    from .models import FusedBlock, fuse_classes, set_recompute_mlp
+    from .models import FusedBlock, fuse_classes, set_inference, set_recompute_mlp
 
-    if not any(isinstance(module, FusedBlock.stock) for module in model.modules()):
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock.stock)]
+    if inference and any(block.training for block in blocks):
+        raise ValueError(
+            "inference=True takes the parameters as frozen, but the model is in training mode: call model.eval() first"
+        )
+    if not blocks:
         found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
         raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {found})")
     not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
@@ -99,6 +110,7 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
     fuse_classes(model)
     set_recompute_mlp(model, recompute == "mlp")
+    set_inference(model, inference)
     if not_fused:
         counts = f"{len(not_fused)} of {len(report.modules)} modules still run timm's forward"
         _logger.log(
@@ -122,9 +134,10 @@ def unfuse(model: nn.Module) -> nn.Module:
         RuntimeError: FSDP has changed the classes of fused modules.
     """
     _check_module(model)
-    from .models import set_recompute_mlp, unfuse_classes
+    from .models import set_inference, set_recompute_mlp, unfuse_classes
 
     unfuse_classes(model)
+    set_inference(model, False)
     set_recompute_mlp(model, False)
     return model
 

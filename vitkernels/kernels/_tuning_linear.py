@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _tuned
 from ._tuning import Case, Problem, Shape
+from .folded_linear import launch_folded_linear_fwd
 from .linear import GemmConfig, config_entry, launch_linear_fwd
 
 # Tile, warps, stages, quarters or halves of the store, blocks an SM. Two blocks an SM hide one's epilogue behind the other's
@@ -30,6 +31,7 @@ _DESCRIPTOR = tuple(
         ((64, 64, 128), 4, 3, 2, 2),
     )
 )
+_EPS = 1e-6
 _POINTER = tuple(
     GemmConfig("pointer", *tile, num_warps=warps, num_stages=stages)
     for tile, warps, stages in (
@@ -54,7 +56,14 @@ def candidates(arch: str, N: int, K: int) -> tuple[GemmConfig, ...]:
 def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
     """A block's GEMMs, those that save most first, in bfloat16."""
     D, hidden, rows = shape.width, shape.hidden, batch * shape.tokens
-    gemms = (("fc1", "act", hidden, D), ("fc2", "residual", D, hidden), ("proj", "residual", D, D), ("qkv", "plain", 3 * D, D))
+    gemms = (
+        ("fc1", "act", hidden, D),
+        ("fc2", "residual", D, hidden),
+        ("proj", "residual", D, D),
+        ("LayerNorm and fc1", "norm_act", hidden, D),
+        ("LayerNorm and qkv", "norm", 3 * D, D),
+        ("qkv", "plain", 3 * D, D),
+    )
     for name, kind, N, K in gemms:
         entries = {"cublas": {"plan": "cublas"}, **{_name(c): config_entry(c) for c in candidates(arch, N, K)}}
         title = f"{name} {N} x {K}, {rows} rows"
@@ -76,15 +85,26 @@ def _problem(kind: str, rows: int, N: int, K: int, arch: str, device: torch.devi
 
     x, weight, bias = draw(rows, K), draw(N, K, scale=K**-0.5), draw(N)
     residual = draw(rows, N) if kind == "residual" else None
-    act = "gelu" if kind == "act" else None
+    act = "gelu" if kind in ("act", "norm_act") else None
+    norm = (1 + draw(K, scale=0.3), draw(K, scale=0.3)) if kind in ("norm", "norm_act") else None
+    folded = () if norm is None else _fold(weight, bias, *norm)
 
     def run() -> Tensor:
+        if norm is not None:
+            return launch_folded_linear_fwd(x, *norm, _EPS, weight, bias, *folded, act, "auto", arch)
         y, _ = launch_linear_fwd(x, weight, bias, act, None, None, residual, x.dtype, "none", False, "auto", arch)
         return y
 
     def expected(dtype: torch.dtype) -> Tensor:
-        y = F.linear(*(t.to(dtype) for t in (x, weight, bias)))
+        h = x.to(dtype) if norm is None else F.layer_norm(x.to(dtype), (K,), *(t.to(dtype) for t in norm), _EPS)
+        y = F.linear(h, weight.to(dtype), bias.to(dtype))
         y = F.gelu(y) if act else y
         return y if residual is None else residual.to(dtype) + y
 
     return Problem(run, partial(expected, x.dtype), partial(expected, torch.float64))
+
+
+def _fold(weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation (1) of ``folded_linear.py``."""
+    folded = weight * gamma
+    return folded, folded.float().sum(1), bias.float() + weight.float() @ beta.float()
