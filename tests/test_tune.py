@@ -52,7 +52,7 @@ class Clock:
 
     def __init__(self, monkeypatch, milliseconds):
         self.milliseconds, self.calls, self.interrupt_at = milliseconds, 0, None
-        self.block, lookup = "cublas", _tuned.lookup
+        self.block, self.blocks, lookup = "cublas", {}, _tuned.lookup
 
         def noting(*key):
             entry = lookup(*key)
@@ -66,8 +66,10 @@ class Clock:
         self.calls += 1
         if self.calls == self.interrupt_at:
             raise KeyboardInterrupt
-        step()
-        return self.milliseconds.get(self.block, 1.0) / 1000
+        if step not in self.blocks:
+            step()
+            self.blocks[step] = self.block
+        return self.milliseconds.get(self.blocks[step], 1.0) / 1000
 
 
 @pytest.fixture
@@ -336,9 +338,9 @@ def test_a_models_gemms_are_its_cases():
         "act/192/64/256",
         "residual/64/192/256",
         "residual/64/64/256",
+        "plain/192/64/256",
         "norm_act/192/64/256",
         "norm/192/64/256",
-        "plain/192/64/256",
     ]
     assert {case.rows for case in cases} == {2 * 101}
 
@@ -352,7 +354,7 @@ def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_
     assert by_key["act/3072/768/65536"].rows == 256 * 197
     assert by_key["act/4304/1152/16384"].rows == 64 * 256
     kinds = [case.kind for case in cases]
-    assert kinds == sorted(kinds, key=["act", "residual", "norm_act", "norm", "plain"].index)
+    assert kinds == sorted(kinds, key=["act", "residual", "plain", "norm_act", "norm"].index)
     rows = [case.rows for case in cases if case.kind == "act"]
     assert rows == sorted(rows, reverse=True)
 
@@ -380,7 +382,8 @@ def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, mon
     assert len(document["rows"]) == 6
     for row in document["rows"]:
         assert row["refused"] == row["broken"] == {}
-        assert row["chosen"] == "descriptor 128x256x64 w8 s3 /4 x1"
+        # Folding has to beat LayerNorm and the GEMM as it was tuned just before.
+        assert row["chosen"] == ("cublas" if row["key"].startswith("norm") else "descriptor 128x256x64 w8 s3 /4 x1")
         assert len(row["us"]) == 13
     found = []
     x, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (101, 192))

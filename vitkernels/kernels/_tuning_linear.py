@@ -60,9 +60,9 @@ def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
         ("fc1", "act", hidden, D),
         ("fc2", "residual", D, hidden),
         ("proj", "residual", D, D),
-        ("LayerNorm and fc1", "norm_act", hidden, D),
-        ("LayerNorm and qkv", "norm", 3 * D, D),
         ("qkv", "plain", 3 * D, D),
+        ("LayerNorm and fc1", "norm_act", hidden, D),  # after what they are compared with
+        ("LayerNorm and qkv", "norm", 3 * D, D),
     )
     for name, kind, N, K in gemms:
         entries = {"cublas": {"plan": "cublas"}, **{_name(c): config_entry(c) for c in candidates(arch, N, K)}}
