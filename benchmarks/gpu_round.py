@@ -1,11 +1,11 @@
 """``python benchmarks/gpu_round.py --out DIR [--budget SECONDS] [--force] [--dry-run]``: what ten minutes on a GPU can tell.
 
 The steps, in an order where each is useful if the next never runs: build ``vitkernels._C`` when it is missing; environment
-and measured ceilings; ``pytest -m gpu``; compute-sanitizer; tuning, once there is a ``vitkernels tune``; benchmarks of kernels,
+and measured ceilings; ``pytest -m gpu``; compute-sanitizer; tuning (``vitkernels tune``); benchmarks of kernels,
 of models, of compiled models; the slow tests of ``-m gpu``; a summary. Each has a limit, which is cut to what the budget leaves
 after the least time that every later step needs. One that is over it is interrupted and what it had measured is kept.
 
-DIR gets one JSON file per step and ``round.log``. Started again, a step whose file says ok is not repeated (``--force``
+DIR gets one JSON file per step, ``tuned/<arch>.json`` and ``round.log``. Started again, a step whose file says ok is not repeated (``--force``
 repeats it), and one that was interrupted adds to what it had measured. ``--dry-run`` takes the same steps without a GPU, at
 tiny shapes. ``benchmarks/report.py`` reads the ``kernels.json``, ``models.json`` and ``compiled.json`` of a round.
 
@@ -15,6 +15,7 @@ no GPU, else 0, even where steps ran out of time: the table at the end says so.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -67,7 +68,7 @@ def steps(dry: bool, scratch: Path) -> list[Step]:
     """What runs; ``dry`` makes every part as small as it can be."""
     target = ("--build-lib", str(scratch), "--build-temp", str(scratch)) if dry else ("--inplace",)  # dry: the tree stays
     ceilings = (sys.executable, __file__, "--ceilings", str(scratch / "environment.json"), *(["--dry-run"] if dry else []))
-    tune = (sys.executable, "-m", "vitkernels", "tune", *(["--help"] if dry else []))
+    tune = (sys.executable, "-m", "vitkernels", "tune", *(["--help"] if dry else ["--budget", "50"]))
     tools = [() if dry else ("compute-sanitizer", "--tool", t, "--error-exitcode", str(SANITIZER_ERROR)) for t in _TOOLS]
     # Every registered operator once, at the smallest shapes: forward and backward are operators of their own.
     smallest = (*PYTEST, "tests/test_registration.py", "-k", "kernel_and_reference", *([] if dry else ["-m", "gpu"]))
@@ -355,7 +356,9 @@ def run_round(out: Path, budget: float, force: bool, dry: bool) -> int:
     end = time.monotonic() + budget
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        todo = steps(dry, Path(folder))
+        # Tuned tables go to DIR/tuned, and the benchmarks after them look there.
+        tables = {"VITKERNELS_CACHE": str(out.resolve())}
+        todo = [dataclasses.replace(step, env={**tables, **step.env}) for step in steps(dry, Path(folder))]
         for index, step in enumerate(todo):
             file, before = out / f"{step.name}.json", _before(step, out, dry)
             if _is_done(step, before, force):

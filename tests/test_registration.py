@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import test_attention
+import test_fold
 import test_layer_norm
 import test_linear
 import test_patch_embed
@@ -22,6 +23,7 @@ STEMS = {
     "layer_norm": test_layer_norm,
     "attention": test_attention,
     "attention_backward": test_attention,
+    "folded_linear": test_fold,
     "linear": test_linear,
     "linear_bwd": test_linear,
     "patch_embed": test_patch_embed,

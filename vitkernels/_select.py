@@ -26,7 +26,6 @@ _plan: str | None = None
 _reported: set[tuple[str, str]] = set()
 
 MIN_CAPABILITY = (8, 0)
-PLANS = ("auto", "triton", "cublas")
 
 
 class backend:

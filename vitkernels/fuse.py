@@ -76,7 +76,14 @@ RECOMPUTE = (None, "mlp")
 INPUTS = ("float", "uint8")
 
 
-def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None, input: str = "float") -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    recompute: str | None = None,
+    inference: bool = False,
+    input: str = "float",
+) -> nn.Module:
     """Swap the blocks, patch embeddings and attention pooling of timm models inside ``model`` for fused ones, in place.
 
     Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
@@ -89,6 +96,11 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         recompute: ``"mlp"``: blocks save nothing of the MLP's width for backward and compute fc1 again there. The gradients
             are bitwise the same; a block saves 6 units instead of 10 (one unit is its input) and costs 11% more FLOPs in
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
+        inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
+            bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
+            no state dict has; the parameters stay as they are. Changed parameters (``load_state_dict``, ``.half()``, a step of
+            an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them.
+            ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
         input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
             and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as
             ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts.
@@ -98,8 +110,9 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: it contains no block of timm's ``vision_transformer``, or ``recompute`` or ``input`` is unknown, or
-            ``"uint8"`` and there is no timm ``PatchEmbed``, or no mean and std for its channels.
+        ValueError: it contains no block of timm's ``vision_transformer``; ``recompute`` or ``input`` is unknown; a block is in
+            training mode and ``inference`` was asked for; ``"uint8"``, and there is no timm ``PatchEmbed``, or no mean and std
+            for its channels.
         RuntimeError: ``strict`` and something would not run fused, or a ``forward`` of timm's has an unknown signature.
 
         The model is unchanged after an error.
@@ -109,9 +122,14 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
     if input not in INPUTS:
         raise ValueError(f"input must be one of {', '.join(map(repr, INPUTS))}, got {input!r}")
-    from .models import FusedBlock, fuse_classes, set_pixel_statistics, set_recompute_mlp
+    from .models import FusedBlock, fuse_classes, set_inference, set_pixel_statistics, set_recompute_mlp
 
-    if not any(isinstance(module, FusedBlock.stock) for module in model.modules()):
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock.stock)]
+    if inference and any(block.training for block in blocks):
+        raise ValueError(
+            "inference=True takes the parameters as frozen, but the model is in training mode: call model.eval() first"
+        )
+    if not blocks:
         found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
         raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {found})")
     not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
@@ -120,6 +138,7 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
     statistics = _pixel_statistics(model) if input == "uint8" else {}
     fuse_classes(model)
     set_recompute_mlp(model, recompute == "mlp")
+    set_inference(model, inference)
     _forget_pixel_statistics(model)
     for stem, (mean, std) in statistics.items():
         set_pixel_statistics(stem, mean, std)
@@ -146,9 +165,10 @@ def unfuse(model: nn.Module) -> nn.Module:
         RuntimeError: FSDP has changed the classes of fused modules.
     """
     _check_module(model)
-    from .models import set_recompute_mlp, unfuse_classes
+    from .models import set_inference, set_recompute_mlp, unfuse_classes
 
     unfuse_classes(model)
+    set_inference(model, False)
     set_recompute_mlp(model, False)
     _forget_pixel_statistics(model)
     return model

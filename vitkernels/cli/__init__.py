@@ -15,10 +15,10 @@ from typing import NoReturn
 
 from .. import _env, _select
 from .._version import __version__
-from . import bench, classify, info, inspect, roofline
+from . import bench, classify, info, inspect, roofline, tune
 from ._output import CommandError
 
-_COMMANDS = (info, bench, classify, inspect, roofline)
+_COMMANDS = (info, bench, classify, inspect, roofline, tune)
 
 
 class _Parser(argparse.ArgumentParser):

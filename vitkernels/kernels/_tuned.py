@@ -6,9 +6,12 @@ in ``tuned/`` second.
     {"format": 1, "linear": {"act/3072/768/65536": {"plan": "triton", "config": {...}}, "plain/...": {"plan": "cublas"}}}
 """
 
+import contextlib
 import functools
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from .. import _env
 FORMAT = 1
 _SHIPPED = Path(__file__).parent / "tuned"
 _logger = logging.getLogger("vitkernels")
+_tried: tuple[str, str, dict[str, Any]] | None = None  # stem, key and entry inside trying()
 
 
 def bucket(rows: int) -> int:
@@ -28,14 +32,21 @@ def gemm_key(kind: str, N: int, K: int, rows: int) -> str:
     """Key of the GEMM (rows, K) x (K, N) in the table of stem ``linear``.
 
     Args:
-        kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save.
+        kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save. ``norm`` and ``norm_act``: with a
+            LayerNorm folded in; an entry ``cublas`` stands for LayerNorm, then whatever runs ``plain`` or ``act``.
     """
     return f"{kind}/{N}/{K}/{bucket(rows)}"
 
 
-@functools.lru_cache
 def lookup(arch: str, stem: str, key: str) -> dict[str, Any] | None:
     """The entry of ``key``, of the user's table or else the shipped one. After writing a table call ``forget``."""
+    if _tried is not None and _tried[:2] == (stem, key):
+        return _tried[2]
+    return _found(arch, stem, key)
+
+
+@functools.lru_cache
+def _found(arch: str, stem: str, key: str) -> dict[str, Any] | None:
     for folder in (_env.tuned_dir(), _SHIPPED):
         entry = read(folder / f"{arch}.json").get(stem, {}).get(key)
         if entry is not None:
@@ -61,5 +72,35 @@ def read(path: Path) -> dict[str, Any]:
 
 def forget() -> None:
     """Read the files again at the next lookup."""
-    lookup.cache_clear()
+    _found.cache_clear()
     read.cache_clear()
+
+
+@contextlib.contextmanager
+def trying(stem: str, key: str, entry: dict[str, Any]) -> Iterator[None]:
+    """Launchers find ``entry`` under ``key`` inside, whatever the tables hold: how ``vitkernels tune`` runs a candidate."""
+    global _tried
+    before, _tried = _tried, (stem, key, entry)
+    try:
+        yield
+    finally:
+        _tried = before
+
+
+def write(path: Path, stem: str, key: str, entry: dict[str, Any]) -> None:
+    """Add an entry to the table in ``path``, or replace it. Who reads meanwhile, or is interrupted, finds a whole table.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    forget()
+    table = {"format": FORMAT, **read(path)}
+    table[stem] = dict(sorted({**table.get(stem, {}), key: entry}.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(table, indent=1) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        forget()

@@ -95,6 +95,14 @@ def vector(ptr, cols, N):
 
 
 @triton.jit
+def _normalised(acc, rows, cols, mean_ptr, rstd_ptr, colsum_ptr, M, N):
+    """Eq. (2) of folded_linear.py without the bias: x @ weight^T becomes LN(x) @ weight^T."""
+    mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+    return (acc - mean[:, None] * vector(colsum_ptr, cols, N)) * rstd[:, None]
+
+
+@triton.jit
 def _epilogue(
     z, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample,
     ACT: tl.constexpr, EXACT: tl.constexpr,
@@ -135,6 +143,9 @@ def _linear_pointer_kernel(
     weight_stride,
     residual_stride,
     rows_per_sample,
+    mean_ptr,
+    rstd_ptr,
+    colsum_ptr,
     ACT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -163,6 +174,8 @@ def _linear_pointer_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
+    if colsum_ptr is not None:
+        acc = _normalised(acc, rows, cols, mean_ptr, rstd_ptr, colsum_ptr, M, N)
     if bias_ptr is not None:
         acc += vector(bias_ptr, cols, N)  # eq. (2)
     if z_ptr is not None:
@@ -176,10 +189,12 @@ def _linear_pointer_kernel(
 @triton.jit
 def _store_part(
     part, first_row, first_col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-    M, N, residual_stride, rows_per_sample, ACT: tl.constexpr, EXACT: tl.constexpr,
+    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     rows = first_row + tl.arange(0, part.shape[0])
     cols = first_col + tl.arange(0, part.shape[1])
+    if colsum_ptr is not None:
+        part = _normalised(part, rows, cols, mean_ptr, rstd_ptr, colsum_ptr, M, N)
     if bias_ptr is not None:
         part += vector(bias_ptr, cols, N)  # eq. (2)
     if z_desc is not None:
@@ -199,22 +214,23 @@ def _halves(tile):
 @triton.jit
 def _store_parts(
     half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-    M, N, residual_stride, rows_per_sample, ACT: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
+    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT: tl.constexpr, EXACT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     if PARTS == 1:
         _store_part(
             half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
         )  # fmt: skip
     else:
         left, right = _halves(half)
         _store_part(
             left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
         )  # fmt: skip
         _store_part(
             right, row, col + half.shape[1] // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
         )  # fmt: skip
 
 
@@ -235,6 +251,9 @@ def _linear_descriptor_kernel(
     weight_stride,
     residual_stride,
     rows_per_sample,
+    mean_ptr,
+    rstd_ptr,
+    colsum_ptr,
     ACT: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -263,17 +282,17 @@ def _linear_descriptor_kernel(
         if SUBTILES == 1:
             _store_part(
                 acc, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, ACT, EXACT,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
             )  # fmt: skip
         else:
             left, right = _halves(acc)
             _store_parts(
                 left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, ACT, EXACT, SUBTILES // 2,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT, SUBTILES // 2,
             )  # fmt: skip
             _store_parts(
                 right, row, col + BLOCK_N // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, ACT, EXACT, SUBTILES // 2,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT, SUBTILES // 2,
             )  # fmt: skip
 
 
@@ -310,7 +329,7 @@ def elementwise_tile(N: int) -> dict[str, int]:
     return {"ROWS": min(2048 // block_n, 16), "BLOCK_N": block_n, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def _rows(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """``x`` (..., K) as (M, K) with unit last stride; copies only where strides forbid the view, as cuBLAS's caller does."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -342,12 +361,12 @@ def launch_linear_fwd(
     arch: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns y and z, each empty where ``preact`` (``none``, ``also``, ``only``) does not ask for it."""
-    rows = _rows(x)
+    rows = matrix(x)
     config = _config(act, layer_scale, residual, rows, weight, plan, arch)
     shape, (M, N) = (*x.shape[:-1], weight.shape[0]), (rows.shape[0], weight.shape[0])
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     bias, layer_scale = (None if t is None else t.contiguous() for t in (bias, layer_scale))
-    epilogue = (act, layer_scale, *samples(drop_path, M), None if residual is None else _rows(residual))
+    epilogue = (act, layer_scale, *samples(drop_path, M), None if residual is None else matrix(residual))
     with torch._C._DisableAutocast():  # the operator's dtypes are its arguments'
         if config is None:
             y, z = _cublas(rows, weight, bias, epilogue, out_dtype, preact)
@@ -355,15 +374,19 @@ def launch_linear_fwd(
             z = torch.empty(M, N, dtype=x.dtype, device=x.device) if preact != "none" else None
             y = torch.empty(M, N, dtype=out_dtype, device=x.device) if preact != "only" else None
             if M > 0:
-                _gemm(config, rows, weight, bias, epilogue, y, z, allow_tf32)
+                gemm(config, rows, weight, bias, epilogue, y, z, allow_tf32)
     return nothing if y is None else y.view(shape), nothing.clone() if z is None else z.view(shape)
 
 
 def _config(act, layer_scale, residual, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:
+    kind = "act" if act is not None else "plain" if residual is None and layer_scale is None else "residual"
+    return config_of(kind, x, weight, plan, arch)
+
+
+def config_of(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:
     """The fused GEMM's configuration; None for cuBLAS. It depends on the shape alone, not on what is saved for backward."""
     if plan == "cublas" or (plan == "auto" and x.dtype == torch.float32):  # no tensor core multiplies float32
         return None
-    kind = "act" if act is not None else "plain" if residual is None and layer_scale is None else "residual"
     entry = _tuned.lookup(arch, "linear", _tuned.gemm_key(kind, *weight.shape, x.shape[0]))
     if plan == "auto" and (entry is None or entry["plan"] == "cublas"):
         return None
@@ -426,7 +449,11 @@ def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor |
     return y, z if preact == "also" else None
 
 
-def _gemm(config: GemmConfig, x, weight, bias, epilogue, y: Tensor | None, z: Tensor | None, allow_tf32: bool) -> None:
+def gemm(
+    config: GemmConfig, x, weight, bias, epilogue, y: Tensor | None, z: Tensor | None, allow_tf32: bool,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> None:  # fmt: skip
+    """Writes y and z. ``epilogue``: act, layer_scale, drop_path, its rows, residual; ``norm``: mean, rstd, colsum."""
     act, layer_scale, drop_path, rows_per_sample, residual = epilogue
     if y is None:  # z alone is a GEMM with no epilogue but the bias
         y, z, act, layer_scale, drop_path, residual = z, None, None, None, None, None
@@ -449,10 +476,11 @@ def _gemm(config: GemmConfig, x, weight, bias, epilogue, y: Tensor | None, z: Te
     if config.kernel == "descriptor":
         triton.set_allocator(_scratch)  # each launch: it is kept in a context variable, which autograd's threads do not share
         programs = min(tiles, multiprocessors(x.device) * config.programs_per_sm)
-        _linear_descriptor_kernel[(programs,)](*tensors, *sizes, SUBTILES=config.subtiles, **options)
+        _linear_descriptor_kernel[(programs,)](*tensors, *sizes, *norm, SUBTILES=config.subtiles, **options)
     else:
         precision = "tf32" if allow_tf32 else "ieee"
-        _linear_pointer_kernel[(tiles,)](*tensors, *sizes, PRECISION=precision, EVEN_K=K % config.block_k == 0, **options)
+        even_k = K % config.block_k == 0
+        _linear_pointer_kernel[(tiles,)](*tensors, *sizes, *norm, PRECISION=precision, EVEN_K=even_k, **options)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

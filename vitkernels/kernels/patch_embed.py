@@ -34,7 +34,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _tuned
 from ._device import multiprocessors
@@ -617,16 +616,6 @@ def _dimages(dout, images, weight, config: PatchConfig | None, allow_tf32: bool)
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@register_flop_formula(torch.ops.vitkernels.patch_embed_fwd)
-def _flops(images_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(images_shape) * weight_shape[0]  # every pixel meets every channel once
-
-
-@register_flop_formula(torch.ops.vitkernels.patch_embed_bwd)
-def _bwd_flops(dout_shape, images_shape, weight_shape, mean, std, need_dimages, need_dweight, *args, out_shape=None) -> int:
-    return (need_dimages + need_dweight) * _flops(images_shape, weight_shape)
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:

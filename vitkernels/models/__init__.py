@@ -1,6 +1,6 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
 
-from ._swap import FUSED_CLASSES, fuse_classes, set_recompute_mlp, unfuse_classes
+from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, unfuse_classes
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
@@ -19,6 +19,7 @@ __all__ = [
     "clear_pixel_statistics",
     "fuse_classes",
     "load_vit_pytorch",
+    "set_inference",
     "set_pixel_statistics",
     "set_recompute_mlp",
     "unfuse_classes",

@@ -4,6 +4,7 @@ import inspect
 
 from torch import nn
 
+from . import _fold
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
@@ -51,6 +52,15 @@ def set_recompute_mlp(model: nn.Module, on: bool) -> None:
             module.recompute_mlp = True
         else:
             module.__dict__.pop("recompute_mlp", None)
+
+
+def set_inference(model: nn.Module, on: bool) -> None:
+    """Whether blocks multiply with folded copies of their parameters. A block that does not has no attribute of ours."""
+    for module in model.modules():
+        if isinstance(module, FusedBlock.stock):
+            _fold.drop(module)
+    if on:
+        _fold.fold_all([module for module in model.modules() if isinstance(module, FusedBlock)])
 
 
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

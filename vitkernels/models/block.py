@@ -24,9 +24,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..ops import attention, attention_qkv, linear, mlp
-from . import _guard
+from ..ops.folded_linear import folded_linear
+from . import _fold, _guard
 
-for _leaf in ("_attention", "_attention_packed", "_ones", "linear", "mlp"):
+for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -70,6 +71,7 @@ class FusedBlock(Block):
 
     stock = Block  # unannotated: TorchScript reads timm's annotations through the instance
     recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
+    inference, folded_of = False, None  # as well: _fold.py
 
     # wraps: inspect and TorchScript, which compiles source, see timm's forward.
     @functools.wraps(Block.forward)
@@ -79,7 +81,11 @@ class FusedBlock(Block):
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
 
-        packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
+        folded = _fold.current(self, x) if self.inference else None
+        if folded is None or folded.qkv is None:
+            packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
+        else:
+            packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv)
         q_norm, k_norm = attn.q_norm, attn.k_norm
         if type(q_norm) is nn.Identity and type(k_norm) is nn.Identity:
             heads = _attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
@@ -87,14 +93,33 @@ class FusedBlock(Block):
         else:
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
             heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
-        gamma, proj = _gamma(self.ls1), attn.proj
+        weight, bias, gamma = _scaled(attn.proj, self.ls1, folded and folded.proj)
         dropped = _draw(self.drop_path1, heads, gamma)
-        x = linear(heads, proj.weight, proj.bias, layer_scale=gamma, residual=x, drop_path=dropped)
+        x = linear(heads, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
 
-        gamma = _gamma(self.ls2)
+        weight, bias, gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
         dropped = _draw(self.drop_path2, heads, gamma)
-        parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        if folded is not None and folded.fc1 is not None:
+            hidden = folded_linear(x, fc1.weight, fc1.bias, _norm(norm2), folded.fc1, act)
+            return linear(hidden, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
+        parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, weight, bias)
         return mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=gamma, drop_path=dropped, recompute=self.recompute_mlp)
+
+    def train(self, mode=True):
+        if mode and self.inference:
+            _fold.drop(self)
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        if self.inference:
+            _fold.fold(self)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.inference:
+            self.folded_of = None  # the next call folds again
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
@@ -169,6 +194,13 @@ def _norm(module: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:
 
 def _gamma(scale: nn.Module) -> Tensor | None:
     return scale.gamma if type(scale) is LayerScale else None
+
+
+def _scaled(
+    layer: nn.Linear, scale: nn.Module, folded: tuple[Tensor, Tensor | None] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and what is left of LayerScale."""
+    return (layer.weight, layer.bias, _gamma(scale)) if folded is None else (*folded, None)
 
 
 def _act(module: nn.Module) -> str:

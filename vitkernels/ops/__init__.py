@@ -5,6 +5,7 @@ Every function here is a leaf for ``torch.fx`` and traces through ``torch.compil
 
 import torch.fx
 
+from . import folded_linear as _folded_linear  # noqa: F401  registers its operator
 from .attention import attention, attention_qkv
 from .layer_norm import add_layer_norm, layer_norm
 from .linear import linear

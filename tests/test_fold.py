@@ -1,0 +1,500 @@
+"""``fuse(model, inference=True)``: LayerNorm and LayerScale folded into the weights, and what happens when those change."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import timm
+import torch
+from helpers import KERNEL_TESTS, assert_within_budget
+from test_fuse import IMAGES, SMALL, small
+from test_linear import VARIANTS, user_table  # noqa: F401  a fixture
+from torch import nn
+
+import vitkernels as vk
+from vitkernels import _select
+from vitkernels.cli import _ledger
+from vitkernels.cli._chips import CHIPS
+from vitkernels.kernels import _recorder, _tuned, linear
+from vitkernels.kernels import folded_linear as kernels
+from vitkernels.models import FusedBlock, _fold
+from vitkernels.ops.folded_linear import fold_norm
+
+pytestmark = KERNEL_TESTS
+FUSED_PLANS = ("pointer", "descriptor")
+HALF = (torch.float16, torch.bfloat16)
+ON_GPU = torch.cuda.is_available()
+on_a_cpu = pytest.mark.skipif(ON_GPU, reason="about modules, which behave alike on a GPU")
+
+
+# The operator.
+
+
+def parameters(N, K, dtype, norm_bias=True, bias=True):
+    """norm_weight, norm_bias, weight, bias."""
+    return (
+        (1 + 0.3 * torch.randn(K)).to(dtype),
+        (0.3 * torch.randn(K)).to(dtype) if norm_bias else None,
+        (torch.randn(N, K) / K**0.5).to(dtype),
+        torch.randn(N).to(dtype) if bias else None,
+    )
+
+
+def folded_and_others(x, gamma, beta, weight, bias, act, variant):
+    """The folded result, the unfolded one in the same dtype and the float64 oracle."""
+    plan, arch = VARIANTS[variant]
+    arguments = (x, gamma, beta, 1e-6, weight, bias, *fold_norm(gamma, beta, weight, bias), act, plan, arch)
+    y = torch.ops.vitkernels.folded_linear_fwd(*arguments)
+    eager = vk.reference.linear(x, weight, bias, act=act, norm=(gamma, beta, 1e-6))
+    wide = [None if t is None else t.double() for t in (x, weight, bias, gamma, beta)]
+    return y, eager, vk.reference.linear(*wide[:3], act=act, norm=(*wide[3:], 1e-6))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("act", [None, "gelu", "quick_gelu"])
+@pytest.mark.parametrize(("leading", "N", "K"), [((197,), 80, 72), ((2, 197), 272, 96), ((3, 7), 130, 75), ((1,), 64, 48)])
+def test_the_operator_is_within_budget(leading, N, K, act, dtype, variant):
+    x = (torch.randn(*leading, K) * torch.rand(*leading, 1) + torch.randn(*leading, 1)).to(dtype)
+    y, eager, oracle = folded_and_others(x, *parameters(N, K, dtype), act, variant)
+    assert_within_budget("y", y, eager, oracle)
+
+
+@pytest.mark.parametrize("missing", ["norm_bias", "bias", "both"])
+def test_biases_may_be_missing(missing):
+    x = torch.randn(2, 9, 64).bfloat16()
+    given = parameters(48, 64, x.dtype, norm_bias=missing == "bias", bias=missing == "norm_bias")
+    assert_within_budget("y", *folded_and_others(x, *given, None, "pointer"))
+    _, _, weight, bias = given
+    assert_within_budget("y", *folded_and_others(x, None, None, weight, bias, None, "pointer"))
+
+
+def hostile(rows, K, dtype):
+    """Rows whose mean is 30 sigma, and whose eight outlier channels are 500."""
+    x = torch.randn(rows, K) + 30.0
+    x[:, :: K // 8] += 500.0 * torch.sign(torch.randn(rows, 8))
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("where", ["reference", *FUSED_PLANS])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("outliers", [False, True])
+def test_hostile_rows_cost_at_most_a_tenth_of_accuracy(outliers, dtype, where, monkeypatch):
+    rows, K, N = 197, 768, 256
+    x = hostile(rows, K, dtype) if outliers else (torch.randn(rows, K) + 30.0).to(dtype)
+    if where == "reference":
+        monkeypatch.setattr("vitkernels._env.INTERPRETING", False)
+    y, eager, oracle = folded_and_others(x, *parameters(N, K, dtype), None, "pointer" if where == "reference" else where)
+    error, eager_error = ((t.double() - oracle).norm() for t in (y, eager))
+    assert error <= 1.1 * eager_error, f"{error / oracle.norm():.2e}, unfolded {eager_error / oracle.norm():.2e}"
+
+
+def test_colsum_is_that_of_the_rounded_product():
+    gamma, beta, weight, bias = parameters(8, 64, torch.bfloat16)
+    folded = fold_norm(gamma, beta, weight, bias)
+    assert torch.equal(folded.weight, (weight.float() * gamma.float()).bfloat16())
+    torch.testing.assert_close(folded.colsum.double(), folded.weight.double().sum(1), atol=1e-6, rtol=1e-6)
+    exact = (weight.double() * gamma.double()).sum(1)
+    assert not torch.allclose(folded.colsum.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def opcheck_arguments():
+    """Arguments for the operator of this stem, for test_registration."""
+    arguments = []
+    for dtype, act in ((torch.bfloat16, "gelu"), (torch.float16, None)):
+        gamma, beta, weight, bias = parameters(32, 48, dtype)
+        x = torch.randn(2, 9, 48).to(dtype)
+        arguments.append((x, gamma, beta, 1e-6, weight, bias, *fold_norm(gamma, beta, weight, bias), act, "triton", "sm_80"))
+    return {"folded_linear_fwd": arguments}
+
+
+def test_no_rows_give_no_rows():
+    x = torch.randn(0, 48).bfloat16()
+    y, eager, _ = folded_and_others(x, *parameters(32, 48, x.dtype), "gelu", "pointer")
+    assert y.shape == eager.shape == (0, 32)
+
+
+# Policy.
+
+
+def launches(arch, plan="auto", act=None, dtype=torch.bfloat16):
+    """The kernels of 300 rows, K = 64, N = 128."""
+    x, weight, sums = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((300, 64), (128, 64), (128,)))
+    found = []
+    with _recorder.recording(lambda name, *_: found.append(name)):
+        kernels.launch_folded_linear_fwd(x, None, None, 1e-6, weight, None, weight, sums, sums, act, plan, arch)
+    return found
+
+
+def test_a_measured_entry_decides_whether_to_fold(user_table):  # noqa: F811
+    unfolded = ["_layer_norm_fwd_kernel", "_linear_epilogue_kernel"]
+    assert launches("sm_90", act="gelu") == unfolded
+    assert launches("sm_90") == unfolded[:1]
+    config = linear.config_entry(linear.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3))
+    user_table("sm_90", {_tuned.gemm_key("norm_act", 128, 64, 300): config})
+    assert launches("sm_90", act="gelu") == ["_row_statistics_kernel", "_linear_pointer_kernel"]
+    assert launches("sm_90") == unfolded[:1]
+    assert launches("sm_90", act="gelu", plan="cublas") == unfolded
+    user_table("sm_90", {_tuned.gemm_key("act", 128, 64, 300): config})
+    assert launches("sm_90", act="gelu") == ["_layer_norm_fwd_kernel", "_linear_pointer_kernel"]
+    assert launches("sm_90", plan="triton") == ["_row_statistics_kernel", "_linear_descriptor_kernel"]
+
+
+def test_tune_measures_the_folded_gemms():
+    from vitkernels.cli import tune
+
+    keys = {case.key for case in tune._cases(["vit_base_patch16_224"], [256], "sm_90")}
+    assert {"norm_act/3072/768/65536", "norm/2304/768/65536"} <= keys
+
+
+# The model.
+
+
+@pytest.fixture(autouse=True)
+def _small_inputs_too(monkeypatch):
+    for stem in ("layer_norm", "linear", "mlp", "folded_linear"):
+        monkeypatch.setattr(importlib.import_module(f"vitkernels.ops.{stem}"), "MIN_BYTES", 0)
+
+
+def folded(**arguments):
+    model = small(**arguments)
+    return model, vk.fuse(copy.deepcopy(model), inference=True)
+
+
+def buffers(model):
+    return [name for name, _ in model.named_buffers() if "folded_" in name]
+
+
+ARGUMENTS = [{}, {"init_values": 0.1}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1}, {"qk_norm": True}]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+def test_on_a_cpu_float32_outputs_are_timms(arguments):
+    stock, model = folded(**arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), stock(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("arguments", ARGUMENTS[1:3], ids=str)
+def test_outputs_on_the_kernels_are_within_budget(arguments, dtype, variant):
+    model = small(**arguments).to(dtype)
+    images = IMAGES.to(dtype)
+    with torch.no_grad():
+        eager, oracle = model(images), copy.deepcopy(model).double()(images.double())
+        vk.fuse(model, inference=True)
+        plan, arch = VARIANTS[variant]
+        with _select.planning(plan), _select.targeting(arch), vk.backend("auto"):
+            got = model(images)
+    assert_within_budget("logits", got, eager, oracle)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_parameters_and_state_dict_are_untouched_and_unfuse_leaves_nothing(dtype):
+    model = small(init_values=0.1).to(dtype)
+    attributes = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    attributes = {name: {k: copy.copy(v) for k, v in d.items()} for name, d in attributes.items()}
+    before = {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    keys, pickled = list(model.state_dict()), len(pickle.dumps(model))
+    assert vk.fuse(model, inference=True) is model
+    assert {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+    per_block = 4 + 6 * (dtype == torch.bfloat16) if dtype != torch.float16 else 6
+    assert len(buffers(model)) == 2 * per_block
+    assert not any(b.requires_grad for b in model.buffers())
+    vk.unfuse(model)
+    assert buffers(model) == []
+    assert len(pickle.dumps(model)) == pickled
+    after = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    assert {name: set(d) for name, d in after.items()} == {name: set(d) for name, d in attributes.items()}
+    assert all(d["_non_persistent_buffers_set"] == set() and d["_buffers"] == {} for d in after.values())
+
+
+@on_a_cpu
+def test_float16_keeps_layer_scale_apart_which_would_underflow():
+    model = vk.fuse(small(init_values=1e-5).half(), inference=True)
+    assert {name.rpartition(".")[2] for name in buffers(model)} == {
+        f"folded_{layer}_{what}" for layer in ("qkv", "fc1") for what in ("weight", "colsum", "bias")
+    }
+
+
+@on_a_cpu
+def test_the_last_fuse_counts():
+    _, model = folded(init_values=0.1)
+    assert buffers(model)
+    assert buffers(vk.fuse(model)) == []
+    assert buffers(vk.fuse(model, inference=True))
+
+
+@on_a_cpu
+def test_a_model_in_training_mode_is_refused_and_unchanged():
+    model = small().train()
+    with pytest.raises(ValueError, match=r"in training mode: call model\.eval\(\) first"):
+        vk.fuse(model, inference=True)
+    assert not any(isinstance(module, FusedBlock) for module in model.modules())
+
+
+@on_a_cpu
+def test_an_error_half_way_leaves_no_copies(monkeypatch):
+    model, made = small(init_values=0.1), []
+
+    def second_fails(block):
+        made.append(block)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no")
+        return fold(block)
+
+    fold = _fold._folded
+    monkeypatch.setattr(_fold, "_folded", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        vk.fuse(model, inference=True)
+    assert buffers(model) == []
+    assert not any(block.inference for block in model.blocks)
+
+
+# When parameters change.
+
+
+def uses_folded(model, dtype=torch.float32):
+    """Whether the next call multiplies with folded weights: they are ruined, and the logits change."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(IMAGES.to(dtype))
+        for block in model.blocks:
+            for buffer in block._buffers.values():
+                buffer.data.add_(1.0)  # through .data, which nothing notices
+        return not torch.equal(model(IMAGES.to(dtype)), before)
+
+
+def assert_follows(model, stock, dtype=torch.float32):
+    with torch.no_grad():
+        got, expected = model(IMAGES.to(dtype)), stock(IMAGES.to(dtype))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def doubled(parameters):
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(1.5)
+
+
+@on_a_cpu
+def test_the_probe_of_these_tests_sees_whether_copies_are_used():
+    _, model = folded(init_values=0.1)
+    assert uses_folded(model)
+    vk.fuse(model)
+    assert not uses_folded(model)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_cast_folds_again_from_the_cast_parameters(dtype):
+    stock, model = folded(init_values=0.1)
+    assert_follows(model.to(dtype), stock.to(dtype), dtype)
+    block = model.blocks[0]
+    assert block.folded_qkv_weight.dtype == dtype
+    assert block.folded_qkv_colsum.dtype == block.folded_qkv_bias.dtype == torch.float32
+    gamma = block.norm1.weight.float()
+    assert torch.equal(block.folded_qkv_weight, (block.attn.qkv.weight.float() * gamma).to(dtype))
+    assert_follows(model.float(), stock.float())
+    assert not hasattr(block, "folded_qkv_weight")
+
+
+@on_a_cpu
+def test_a_cast_to_the_same_dtype_keeps_the_sums_in_float32():
+    model = vk.fuse(small().bfloat16(), inference=True)
+    model.to(torch.bfloat16)
+    assert model.blocks[0].folded_qkv_colsum.dtype == torch.float32
+    model.blocks[0].folded_qkv_colsum.data = model.blocks[0].folded_qkv_colsum.bfloat16()
+    with torch.no_grad():
+        model(IMAGES.bfloat16())
+    assert model.blocks[0].folded_qkv_colsum.dtype == torch.float32
+
+
+@on_a_cpu
+def test_moving_to_another_device_takes_the_copies_along():
+    _, model = folded(init_values=0.1)
+    model.to("meta")
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+    with torch.no_grad():
+        assert model(IMAGES.to("meta")).shape == (2, 5)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_folds_again(assign):
+    stock, model = folded(init_values=0.1)
+    doubled(stock.parameters())
+    model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=assign)
+    assert model.blocks[0].folded_of is None, "told by the block, for compiled graphs"
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: doubled(block.norm1.parameters()),
+        lambda block: doubled([block.ls2.gamma]),
+        lambda block: block.attn.qkv.load_state_dict({k: 2 * v for k, v in block.attn.qkv.state_dict().items()}),
+        lambda block: setattr(block.mlp.fc2, "weight", nn.Parameter(2 * block.mlp.fc2.weight.detach())),
+        lambda block: setattr(block.attn.proj.weight, "data", 2 * block.attn.proj.weight.data),
+    ],
+    ids=["copy_", "gamma", "child's load_state_dict", "new parameter", "new data"],
+)
+def test_a_changed_part_of_a_block_folds_again(change):
+    stock, model = folded(init_values=0.1)
+    assert_follows(model, stock)
+    change(stock.blocks[1])
+    change(model.blocks[1])
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
+def test_an_optimizers_step_folds_again_and_gradients_reach_the_parameters():
+    stock, model = folded(init_values=0.1)
+    for network in (stock, model):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        network(IMAGES).square().mean().backward()
+        optimizer.step()
+    for (name, p), q in zip(stock.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4, msg=name)
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
+def test_train_drops_the_copies_and_eval_does_not_bring_them_back():
+    stock, model = folded(init_values=0.1)
+    model.eval()
+    assert buffers(model)
+    model.train()
+    assert buffers(model) == []
+    assert not model.blocks[0].inference
+    assert_follows(model.eval(), stock)
+    assert buffers(model) == []
+
+
+@on_a_cpu
+def test_a_copy_and_a_pickle_fold_for_themselves():
+    stock, model = folded(init_values=0.1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        doubled(twin.parameters())
+        other = copy.deepcopy(stock)
+        doubled(other.parameters())
+        assert_follows(twin, other)
+        assert uses_folded(twin)
+    assert_follows(model, stock)
+
+
+@on_a_cpu
+def test_autocast_multiplies_with_the_parameters():
+    """Under it the stream is float32, whose rounding to 16 bits LayerNorm has to come before."""
+    _, model = folded(init_values=0.1)
+    plain = vk.fuse(copy.deepcopy(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(IMAGES), plain(IMAGES))
+
+
+@on_a_cpu
+def test_hooks_still_run_timms_forward():
+    stock, model = folded(init_values=0.1)
+    seen = []
+    handles = [block.mlp.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
+    assert_follows(model, stock)
+    assert len(seen) == 2
+    model.half().float()
+    for handle in handles:
+        handle.remove()
+    assert uses_folded(model)
+
+
+@on_a_cpu
+def test_functional_calls_use_the_parameters_that_they_are_given():
+    stock, model = folded(init_values=0.1)
+    given = {name: 1.5 * p.detach() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = torch.func.functional_call(stock, given, (IMAGES,))
+        torch.testing.assert_close(torch.func.functional_call(model, given, (IMAGES,)), expected, atol=1e-5, rtol=1e-5)
+        stacked = {name: torch.stack([p, p]) for name, p in given.items()}
+        pair = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (IMAGES,)))(stacked)
+    torch.testing.assert_close(pair, torch.stack([expected, expected]), atol=1e-4, rtol=1e-4)
+    assert_follows(model, stock)
+
+
+@on_a_cpu
+def test_inference_mode_serves_and_later_gradients_do_too():
+    stock, model = folded(init_values=0.1)
+    doubled(stock.parameters())
+    doubled(model.parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IMAGES), stock(IMAGES), atol=1e-5, rtol=1e-5)
+    assert not any(b.is_inference() for b in model.buffers())
+    model(IMAGES).sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_folded_model_compiles_to_one_graph(dtype):
+    _, model = folded(init_values=0.1)
+    model.to(dtype)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES.to(dtype)), model(IMAGES.to(dtype)), atol=1e-5, rtol=1e-5)
+
+
+@on_a_cpu
+def test_on_a_cpu_it_costs_no_more_calls_than_eager():
+    """LayerScale's two multiplications are gone, and nothing is added."""
+    stock, model = folded(init_values=0.1)
+    counts = []
+    for network in (stock, model):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            network(IMAGES)
+        counts.append({e.key: e.count for e in profile.key_averages()})
+    multiplications = [c.get("aten::mul", 0) for c in counts]
+    assert multiplications[1] == multiplications[0] - 2 * SMALL["depth"]
+    assert counts[1]["aten::linear"] == counts[0]["aten::linear"]
+
+
+# Traffic.
+
+
+def counted(plan, layer_scale=False, inference=True, **arguments):
+    """Units of each launch of a block's forward."""
+    batch, tokens, width = 64, 197, 768
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224", depth=1, init_values=1e-5 if layer_scale else None, **arguments)
+    block = vk.fuse(vit.to(torch.bfloat16).eval(), inference=inference).blocks[0]
+    x = torch.empty(batch, tokens, width, dtype=torch.bfloat16, device="meta")
+    with _select.planning(plan):
+        count = _ledger.count(block, (x,), {}, CHIPS["h200"])
+    return [o.activation_bytes / (batch * tokens * width * 2) for o in count.forward]
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+def test_a_folded_block_moves_24_units(layer_scale, no_interpreter):
+    """Statistics read 1 unit where LayerNorm moves 2. 22 need them from the GEMM before, which for norm1 is another block's."""
+    moved = counted("triton", layer_scale)
+    assert [round(units, 1) for units in moved] == [1, 4, 4, 3, 1, 5, 6]
+    statistics = 2 * 2 * 8 / (2 * 768)  # written and read, mean and rstd, float32
+    assert sum(moved) == pytest.approx(24 + statistics)
+
+
+def test_with_cublas_layer_norm_stays_and_folded_layer_scale_needs_no_pass(no_interpreter):
+    """cuBLAS adds into the residual stream where no bias has to go with it."""
+    for layer_scale in (False, True):
+        assert counted("cublas", layer_scale) == counted("cublas", layer_scale, inference=False)
+    folded = counted("cublas", True, proj_bias=False)
+    assert [round(units, 1) for units in folded] == [2, 4, 4, 3, 2, 5, 8, 6]
+    assert round(sum(folded)) == 34
+    assert round(sum(counted("cublas", True, inference=False, proj_bias=False))) == 38

@@ -1,0 +1,424 @@
+"""``vitkernels tune``: what is written, when, and what never is. A fake clock stands for the GPU's, kernels are interpreted."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels.cli import main, tune
+from vitkernels.cli._workloads import WORKLOADS
+from vitkernels.kernels import _tuned
+from vitkernels.kernels._tuning import Case, Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("large", "small")
+MAKERS = tune._makers
+ENTRIES = {
+    "cublas": {"plan": "cublas"},
+    "block 64": {"plan": "triton", "block": 64},
+    "block 128": {"plan": "triton", "block": 128},
+}
+
+
+def toy(**candidates):
+    """``cases`` of a stem whose result is the square of a vector; candidates are functions of it, by name."""
+    entries = {**ENTRIES, **{name: {"plan": "triton", "block": name} for name in candidates}}
+
+    def problem(key, device):
+        x = torch.randn(1000)
+
+        def run():
+            entry = _tuned.lookup("sm_90", "toy", key)
+            return candidates.get(entry.get("block"), torch.square)(x)
+
+        return Problem(run, lambda: x * x, lambda: x.double() * x.double())
+
+    def cases(shape, batch, arch):
+        for key in KEYS:
+            rows = batch * (10 if key == "large" else 1)
+            full = f"{key}/{_tuned.bucket(rows)}"
+            yield Case("toy", full, key, key, rows, entries, functools.partial(problem, full))
+
+    return cases
+
+
+class Clock:
+    """Says how long each candidate takes, by the entry that its launcher finds; 1 ms for those that nobody spoke of."""
+
+    def __init__(self, monkeypatch, milliseconds):
+        self.milliseconds, self.calls, self.interrupt_at = milliseconds, 0, None
+        self.block, self.blocks, lookup = "cublas", {}, _tuned.lookup
+
+        def noting(*key):
+            entry = lookup(*key)
+            config = (entry or {}).get("config", entry) or {}
+            self.block = str(config.get("block", config.get("block_n", "cublas")))
+            return entry
+
+        monkeypatch.setattr(_tuned, "lookup", noting)
+
+    def __call__(self, step):
+        self.calls += 1
+        if self.calls == self.interrupt_at:
+            raise KeyboardInterrupt
+        if step not in self.blocks:
+            step()
+            self.blocks[step] = self.block
+        return self.milliseconds.get(self.blocks[step], 1.0) / 1000
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A GPU that is the CPU, this user's folder, and a clock: candidates of 64 are faster than cuBLAS."""
+    clock = Clock(monkeypatch, {"64": 0.5})
+    monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_gpu", lambda text: (torch.device("cpu"), "sm_90"))
+    monkeypatch.setattr(tune, "_sampler", lambda device: clock)
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy()})
+    monkeypatch.setattr(tune, "WORKLOADS", WORKLOADS[:1])
+    _tuned.forget()
+    yield clock
+    _tuned.forget()
+
+
+def tuned(capsys, *arguments, code=0):
+    """The document of a run."""
+    assert main(["tune", "--batch-sizes", "100", *arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def table(path):
+    return json.loads((path / "tuned" / "sm_90.json").read_text())
+
+
+# Where there is nothing to measure on.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["vit_base_patch16_224"], ["--device", "cpu"]])
+def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(capsys, arguments):
+    assert main(["tune", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "tune measures on an NVIDIA GPU, and there is none here" in err
+
+
+# What is written.
+
+
+def test_the_faster_candidate_is_written_and_found_by_the_launcher(clock, capsys, tmp_path):
+    document = tuned(capsys)
+    assert [(row["key"], row["chosen"]) for row in document["rows"]] == [("large/1024", "block 64"), ("small/128", "block 64")]
+    assert (document["kept"], document["left"]) == (0, 0)
+    assert document["table"] == str(tmp_path / "tuned" / "sm_90.json")
+    entry = _tuned.lookup("sm_90", "toy", "large/1024")
+    assert entry["plan"] == "triton"
+    assert entry["block"] == 64
+    assert entry == table(tmp_path)["toy"]["large/1024"]
+    measured = entry["measured"]
+    assert (measured["rows"], measured["us"], measured["baseline_us"]) == (1000, 500.0, 1000.0)
+    assert measured["torch"] == torch.__version__
+    assert _tuned.lookup("sm_90", "toy", "large/2048") is None
+    assert _tuned.lookup("sm_80", "toy", "large/1024") is None
+
+
+def test_where_nothing_is_faster_the_table_says_cublas_and_by_how_much(clock, capsys, tmp_path):
+    clock.milliseconds = {"64": 1.25, "128": 1.5}
+    document = tuned(capsys)
+    entry = table(tmp_path)["toy"]["large/1024"]
+    assert entry["plan"] == "cublas"
+    assert (entry["measured"]["us"], entry["measured"]["fastest_other_us"]) == (1000.0, 1250.0)
+    assert document["rows"][0]["ratio"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("won", "chosen"), [(20, "fast"), (18, "fast"), (17, "cublas"), (0, "cublas")])
+def test_a_candidate_must_win_nine_rounds_in_ten(won, chosen):
+    times = {"cublas": [1.0] * 20, "fast": [0.5] * won + [1.5] * (20 - won)}
+    assert tune.decide(times, "cublas") == (chosen, "fast")
+    assert tune.decide({"cublas": [1.0]}, "cublas") == ("cublas", None)
+
+
+def test_rounds_are_interleaved(clock, capsys):
+    order = []
+    steps = {name: (lambda name=name: order.append(name)) for name in ENTRIES}
+    times = tune._times(steps, lambda step: step() or 1.0)
+    assert {len(seconds) for seconds in times.values()} == {tune.ROUNDS}
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # after one call of each that counts for nothing
+    assert all(sorted(names) == sorted(ENTRIES) for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1, "the order rotates"
+
+
+def test_output_names_another_table_and_the_users_comes_first(clock, capsys, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    monkeypatch.setattr(_tuned, "_SHIPPED", shipped)
+    tuned(capsys, "--output", str(shipped / "sm_90.json"))
+    assert not (tmp_path / "tuned").exists()
+    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 64
+    clock.milliseconds = {"128": 0.25}
+    tuned(capsys)
+    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 128
+    assert json.loads((shipped / "sm_90.json").read_text())["toy"]["large/1024"]["block"] == 64
+
+
+# Resuming.
+
+
+def test_entries_that_are_there_are_kept_unless_forced(clock, capsys, tmp_path):
+    tuned(capsys)
+    calls, clock.milliseconds = clock.calls, {"128": 0.1}
+    document = tuned(capsys)
+    assert (document["rows"], document["kept"], clock.calls) == ([], 2, calls)
+    document = tuned(capsys, "--batch-sizes", "100,1000")
+    assert [row["key"] for row in document["rows"]] == ["large/16384", "small/1024"]
+    assert table(tmp_path)["toy"]["large/1024"]["block"] == 64
+    document = tuned(capsys, "--force")
+    assert (len(document["rows"]), document["kept"]) == (2, 0)
+    assert table(tmp_path)["toy"]["large/1024"]["block"] == 128
+
+
+def test_an_interrupted_run_keeps_what_it_measured(clock, capsys, tmp_path):
+    clock.interrupt_at = (tune.ROUNDS + 1) * len(ENTRIES) + 5  # within the second case
+    assert main(["tune", "--batch-sizes", "100"]) == 130
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+    clock.interrupt_at = None
+    document = tuned(capsys)
+    assert ([row["key"] for row in document["rows"]], document["kept"]) == (["small/128"], 1)
+
+
+def test_a_budget_that_is_spent_leaves_the_rest_for_the_next_run(clock, capsys, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+
+    def first_case_takes_a_minute(*arguments):
+        now[0] += 60
+        return {name: [1.0] * tune.ROUNDS for name in arguments[0]}
+
+    monkeypatch.setattr(tune, "_times", first_case_takes_a_minute)
+    document = tuned(capsys, "--budget", "30")
+    assert ([row["key"] for row in document["rows"]], document["left"]) == (["large/1024"], 1)
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+    document = tuned(capsys, "--budget", "30")
+    assert ([row["key"] for row in document["rows"]], document["left"]) == (["small/128"], 0)
+
+
+def test_who_reads_during_a_write_finds_a_whole_table(clock, capsys, tmp_path, monkeypatch):
+    tuned(capsys)
+    before, seen = table(tmp_path), []
+    replace = Path.replace
+
+    def watched(self, target):
+        seen.append((table(tmp_path), json.loads(self.read_text())))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    _tuned.write(tmp_path / "tuned" / "sm_90.json", "linear", "act/1/1/64", {"plan": "cublas"})
+    (old, new), *_ = seen
+    assert old == before
+    assert new == table(tmp_path) == {**before, "linear": {"act/1/1/64": {"plan": "cublas"}}}
+
+
+def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tmp_path, monkeypatch):
+    tuned(capsys)
+    before = table(tmp_path)
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["tune", "--batch-sizes", "1000"]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert table(tmp_path) == before
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["sm_90.json"]
+
+
+# What is never written.
+
+
+def test_a_wrong_candidate_is_refused_however_fast(clock, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy(wrong=lambda x: x * x * 1.001)})
+    clock.milliseconds = {"wrong": 0.001, "128": 0.75}
+    document = tuned(capsys, code=1)
+    assert len(document["errors"]) == 2
+    assert "toy large: wrong is wrong: relative L2 error 1.0e-03" in document["errors"][0]
+    assert "wrong" not in document["rows"][0]["us"]
+    assert table(tmp_path)["toy"]["large/1024"]["block"] == 128
+
+
+@pytest.mark.parametrize(
+    ("candidate", "why"),
+    [
+        (lambda x: torch.empty_like(x), "error nan"),
+        (lambda x: (x * x).where(torch.arange(1000) < 999, x.new_tensor(float("nan"))), "error nan"),
+        (lambda x: (x * x).where(torch.arange(1000) < 999, 1.0 + x * x), "relative L2 error"),
+        (lambda x: (x * x).double(), "torch.float64 (1000,) instead of torch.float32"),
+        (lambda x: (x * x)[:999], "(999,) instead of"),
+    ],
+    ids=["unwritten", "nan", "one element", "dtype", "shape"],
+)
+def test_the_gate_sees(clock, capsys, monkeypatch, candidate, why):
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy(bad=candidate)})
+    torch.use_deterministic_algorithms(False)  # the gate poisons memory itself
+    document = tuned(capsys, code=1)
+    assert why in document["rows"][0]["refused"]["bad"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_candidate_that_does_not_run_is_told_and_no_error(clock, capsys, tmp_path, monkeypatch):
+    def too_large(x):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy(large=too_large)})
+    document = tuned(capsys)
+    assert document["rows"][0]["broken"] == {"large": "RuntimeError: out of resource: shared memory"}
+    assert table(tmp_path)["toy"]["large/1024"]["block"] == 64
+    assert main(["tune", "--batch-sizes", "100", "--force"]) == 0
+    out = capsys.readouterr().out
+    assert "did not run: large (RuntimeError: out of resource: shared memory)" in out
+    assert "block 64" in out
+    assert "2.00x" in out
+
+
+def test_without_a_baseline_nothing_is_decided(clock, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENTRIES, "cublas", {"plan": "cublas", "block": "cublas"})
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy(cublas=lambda x: x)})
+    document = tuned(capsys, code=1)
+    assert "cublas, which runs without an entry, fails: relative L2 error" in document["errors"][0]
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_case_that_does_not_fit_is_named_and_the_others_are_measured(clock, capsys, monkeypatch):
+    cases = toy()
+
+    def first_is_too_large(shape, batch, arch):
+        first, second = cases(shape, batch, arch)
+
+        def problem(device):
+            raise torch.OutOfMemoryError
+
+        yield Case("toy", first.key, first.kind, first.title, first.rows, first.entries, problem)
+        yield second
+
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": first_is_too_large})
+    document = tuned(capsys, code=1)
+    assert document["errors"] == ["toy large: out of GPU memory"]
+    assert [row["key"] for row in document["rows"]] == ["small/128"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_of_my_dreams"], "unknown model 'vit_of_my_dreams'"),
+        (["--budget", "0"], "not a positive number of seconds"),
+        (["--batch-sizes", "0"], "not a positive whole number"),
+        (["--output", str(ROOT / "README.md")], "exists and is no table of format 1"),
+        (["resnet18"], "resnet18 cannot be fused"),
+    ],
+)
+def test_bad_requests_are_one_line(clock, capsys, arguments, message):
+    readme = (ROOT / "README.md").read_text()
+    assert main(["tune", *arguments]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in err
+    assert clock.calls == 0
+    assert (ROOT / "README.md").read_text() == readme
+
+
+# Which cases there are.
+
+
+def test_a_models_gemms_are_its_cases():
+    cases = tune._cases(["test_vit"], [2], "sm_90")
+    assert [case.key for case in cases] == [
+        "act/192/64/256",
+        "residual/64/192/256",
+        "residual/64/64/256",
+        "plain/192/64/256",
+        "norm_act/192/64/256",
+        "norm/192/64/256",
+    ]
+    assert {case.rows for case in cases} == {2 * 101}
+
+
+def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_first():
+    cases = tune._cases([], None, "sm_90")
+    keys = [case.key for case in cases]
+    assert len(set(keys)) == len(keys)
+    assert keys[0].startswith("act/")
+    by_key = {case.key: case for case in cases}
+    assert by_key["act/3072/768/65536"].rows == 256 * 197
+    assert by_key["act/4304/1152/16384"].rows == 64 * 256
+    kinds = [case.kind for case in cases]
+    assert kinds == sorted(kinds, key=["act", "residual", "plain", "norm_act", "norm"].index)
+    rows = [case.rows for case in cases if case.kind == "act"]
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_the_launcher_can_take_every_candidate():
+    from vitkernels.kernels import _tuning_linear as linear
+
+    assert {c.kernel for c in linear.candidates("sm_90", 3072, 768)} == {"descriptor"}
+    assert {c.kernel for c in linear.candidates("sm_100", 3072, 768)} == {"descriptor"}
+    for arch, N, K in (("sm_80", 3072, 768), ("sm_90", 2730, 1024), ("sm_90", 1024, 2730)):
+        assert {c.kernel for c in linear.candidates(arch, N, K)} == {"pointer"}
+    for arch in ("sm_80", "sm_90"):
+        configs = linear.candidates(arch, 768, 768)
+        assert len(set(configs)) == len(configs) == len({linear._name(c) for c in configs})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels take CPU tensors")
+def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, monkeypatch):
+    """Every candidate for Hopper runs in the interpreter and passes its gate."""
+    from vitkernels.kernels import _recorder, linear
+
+    monkeypatch.setattr(tune, "_makers", MAKERS)
+    clock.milliseconds = {"256": 0.5}
+    document = tuned(capsys, "test_vit", "--batch-sizes", "1")
+    assert len(document["rows"]) == 6
+    for row in document["rows"]:
+        assert row["refused"] == row["broken"] == {}
+        # Folding has to beat LayerNorm and the GEMM as it was tuned just before.
+        assert row["chosen"] == ("cublas" if row["key"].startswith("norm") else "descriptor 128x256x64 w8 s3 /4 x1")
+        assert len(row["us"]) == 13
+    found = []
+    x, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (101, 192))
+    with _recorder.recording(lambda name, *_: found.append(name)):
+        linear.launch_linear_fwd(x, weight, None, "gelu", None, None, None, x.dtype, "none", False, "auto", "sm_90")
+    assert found == ["_linear_descriptor_kernel"]
+
+
+COMPILING = """
+import time
+from vitkernels.cli import tune
+
+if __name__ == "__main__":
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_80") if case.kind == "act"]
+    kept = list(cases[0].entries)[:3]
+    for case in cases:
+        for name in set(case.entries) - set(kept):
+            del case.entries[name]
+    tune._compile(cases, "sm_80", float("inf"))
+    import triton
+    compiled = []
+    triton.compiler.compiler.ASTSource.make_ir = lambda *args: compiled.append(args)
+    for name in kept:
+        tune._compile_candidate(cases, name, "sm_80")
+    print("compiled again:", len(compiled))
+"""
+
+
+@pytest.mark.slow
+def test_candidates_are_compiled_by_other_processes_into_tritons_cache(tmp_path):
+    script = tmp_path / "compiling.py"
+    script.write_text(COMPILING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "compiled again: 0\n"
+    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 3
