@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _select
 from ..reference.linear import ACTIVATIONS
 from ._register import register
-from .linear import MIN_BYTES, PLANS, compute_dtype, dispatch_linear, why_not
+from .linear import MIN_BYTES, PLANS, compute_dtype, linear, why_not
 
 
 class Folded(NamedTuple):
@@ -63,7 +63,7 @@ def folded_linear(
     others = (bias, *norm[:2], *folded)
     here = compute_dtype(x) == x.dtype == folded.weight.dtype != torch.float32 and not torch.is_grad_enabled()
     if not here or not _select.use_kernel("linear", x, lambda: why_not(x, weight, *others, norm=True), MIN_BYTES):
-        return dispatch_linear(x, weight, bias, act, norm=norm)
+        return linear(x, weight, bias, act=act, norm=norm)
     norm_weight, norm_bias, eps = norm
     settings = (act, _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or "")
     return torch.ops.vitkernels.folded_linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, *folded, *settings)
