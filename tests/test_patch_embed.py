@@ -219,6 +219,16 @@ def test_weight_gradient_adds_up_any_number_of_partial_sums(monkeypatch):
     check(draw(5, 3, 96, 96, (8, 8), 32, 1, torch.bfloat16))
 
 
+@given(d=st.integers(1, 2**24), n=st.integers(0, 2**30 - 1))
+def test_division_by_multiplication_is_division(d, n):
+    from vitkernels.kernels.patch_embed import _magic
+
+    for value in (n, n // d * d, max(n // d * d - 1, 0)):
+        magic, shift = _magic(d)
+        assert magic < 2**31
+        assert value * magic >> shift == value // d
+
+
 def test_results_are_bitwise_reproducible():
     inputs, cotangent = draw(3, 3, 70, 98, (14, 14), 64, 1, torch.bfloat16), torch.randn(3, 36, 64)
     call = lambda *a: under("triton")(*a, None, None)  # noqa: E731
