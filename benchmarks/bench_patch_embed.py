@@ -40,15 +40,14 @@ def contest(case: Case, device: torch.device, size: str) -> KernelContest:
 
     weight = draw(w.width, 3, w.patch, w.patch) / (3 * w.patch * w.patch) ** 0.5
     prefix = [draw(1, w.tokens - grid, w.width)] if w.tokens > grid else [None]
-    parameters = (weight, draw(w.width), *prefix, draw(1, w.tokens, w.width))
-    if case.subject == "patch_embed":
-        images, source = draw(case.batch, 3, side, side), None
-    else:  # they stay where they are; the image tensor among the inputs only says which device and precision is meant
-        images = draw(1)
-        source = torch.randint(0, 256, (case.batch, 3, side, side), dtype=torch.uint8)
-        source = source.pin_memory() if device.type == "cuda" else source
+    inputs = (weight, draw(w.width), *prefix, draw(1, w.tokens, w.width))
+    if case.subject == "patch_embed":  # not among the inputs: training asks for no gradient of the images
+        images = draw(case.batch, 3, side, side)
+    else:
+        images = torch.randint(0, 256, (case.batch, 3, side, side), dtype=torch.uint8)
+        images = images.pin_memory() if device.type == "cuda" else images
     cotangents = (draw(case.batch, w.tokens, w.width),)
-    return KernelContest(_functions(source, device), (images, *parameters), cotangents, case.mode)
+    return KernelContest(_functions(images, device), inputs, cotangents, case.mode)
 
 
 def extra(case: Case, device: torch.device, row: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def extra(case: Case, device: torch.device, row: dict[str, Any]) -> dict[str, An
     return {"bytes": moved, "gb_per_s": moved / (row["ms"] / 1000) / 1e9, "flops": (1 + 2 * train) * 2 * pixels * w.width}
 
 
-def _functions(source: Tensor | None, device: torch.device) -> dict[str, Callable[[], tuple[Function, str]]]:
+def _functions(source: Tensor, device: torch.device) -> dict[str, Callable[[], tuple[Function, str]]]:
     def compiled() -> tuple[Function, str]:
         need_compiler(device)
         return _from(source, torch.compile(_eager, dynamic=False)), "pytorch"
@@ -74,22 +73,22 @@ def _functions(source: Tensor | None, device: torch.device) -> dict[str, Callabl
     }
 
 
-def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.tensor(MEAN, device=like.device).to(like.dtype), torch.tensor(STD, device=like.device).to(like.dtype)
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.tensor(MEAN, device=device).to(dtype), torch.tensor(STD, device=device).to(dtype)
 
 
-def _from(source: Tensor | None, embed: Function) -> Function:
-    """``embed`` on float images, or after the copy and the normalisation, in float32, that a user writes for uint8 ones."""
-    if source is None:
-        return embed
+def _from(source: Tensor, embed: Function) -> Function:
+    """``embed`` on float images, or on uint8 ones after the copy and the normalisation, in float32, that a user writes."""
     statistics: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
-    def call(marker: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
-        compute = torch.promote_types(torch.float32, marker.dtype)
+    def call(weight: Tensor, *rest: Tensor | None) -> Tensor:
+        if source.dtype != torch.uint8:
+            return embed(source.to(weight.dtype), weight, *rest)  # a cast for the float64 oracle only
+        compute = torch.promote_types(torch.float32, weight.dtype)
         if compute not in statistics:
-            statistics[compute] = tuple(t.view(-1, 1, 1) for t in _statistics(marker.to(compute)))
+            statistics[compute] = tuple(t.view(-1, 1, 1) for t in _statistics(weight.device, compute))
         mean, std = statistics[compute]
-        images = source.to(marker.device, non_blocking=True).to(compute).div_(255).sub_(mean).div_(std)
+        images = source.to(weight.device, non_blocking=True).to(compute).div_(255).sub_(mean).div_(std)
         return embed(images.to(weight.dtype), weight, *rest)
 
     return call
@@ -113,15 +112,14 @@ def _positioned(tokens: Tensor, prefix: Tensor | None, positions: Tensor) -> Ten
     return tokens + positions
 
 
-def _fused(source: Tensor | None, device: torch.device) -> Function:
+def _fused(source: Tensor, device: torch.device) -> Function:
     """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
     policy = "fused" if device.type == "cuda" else "auto"
-    mean, std = (t.to(device) for t in _statistics(torch.empty(0)))
+    mean, std = _statistics(device, torch.float32)
+    normalise = {"mean": mean, "std": std} if source.dtype == torch.uint8 else {}
 
-    def call(images: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor | None, positions: Tensor) -> Tensor:
-        normalise = {}
-        if source is not None:
-            images, normalise = source.to(images.device, non_blocking=True), {"mean": mean, "std": std}
+    def call(weight: Tensor, bias: Tensor, prefix: Tensor | None, positions: Tensor) -> Tensor:
+        images = source.to(weight.device, non_blocking=True)
         with vk.backend(policy):
             return vk.ops.patch_embed(images, weight, bias, prefix_tokens=prefix, pos_embed=positions, **normalise)
 

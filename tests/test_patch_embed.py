@@ -80,12 +80,12 @@ def check(inputs, pos="all", plan="triton"):
 
 
 # (channels, height, width, patch, D, prefix, positions): patch and grid of every kind, images of 32 to 98, K with and without
-# a tail (588 = 9.2 blocks of 64), D with one (200), more than one block of rows.
+# a tail (588 = 9.2 blocks of 64), D with one (136), more than one block of rows.
 SHAPES = {
     "p16": (3, 32, 48, (16, 16), 64, 1, "all"),
     "p16 registers": (3, 48, 48, (16, 16), 64, 5, "patches"),
     "p16 no prefix": (3, 80, 96, (16, 16), 64, 0, "all"),
-    "p14 odd grid": (3, 70, 98, (14, 14), 200, 1, "all"),
+    "p14 odd grid": (3, 70, 98, (14, 14), 136, 1, "all"),
     "p8 gray": (1, 40, 72, (8, 8), 48, 1, "all"),
     "p32 no positions": (3, 96, 64, (32, 32), 64, 5, None),
     "16x8 rgba": (4, 64, 40, (16, 8), 64, 1, "patches"),
@@ -104,7 +104,7 @@ FORMATS = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_kernel_is_within_budget(shape, dtype, form):
     *sizes, pos = shape
-    check(draw(3, *sizes, dtype, pos=pos, **form), pos)
+    check(draw(2, *sizes, dtype, pos=pos, **form), pos)
 
 
 @pytest.mark.gpu
@@ -217,6 +217,16 @@ def test_weight_gradient_adds_up_any_number_of_partial_sums(monkeypatch):
     """As many splits as a large GPU runs, the last of them short."""
     monkeypatch.setattr("vitkernels.kernels.patch_embed.multiprocessors", lambda device: 132)
     check(draw(5, 3, 96, 96, (8, 8), 32, 1, torch.bfloat16))
+
+
+@given(d=st.integers(1, 2**24), n=st.integers(0, 2**30 - 1))
+def test_division_by_multiplication_is_division(d, n):
+    from vitkernels.kernels.patch_embed import _magic
+
+    for value in (n, n // d * d, max(n // d * d - 1, 0)):
+        magic, shift = _magic(d)
+        assert magic < 2**31
+        assert value * magic >> shift == value // d
 
 
 def test_results_are_bitwise_reproducible():

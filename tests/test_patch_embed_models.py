@@ -20,6 +20,8 @@ from torch import nn
 
 import vitkernels as vk
 from vitkernels import _select
+from vitkernels.cli import _ledger
+from vitkernels.cli._chips import CHIPS
 from vitkernels.models import FusedPatchEmbed, FusedVisionTransformer
 from vitkernels.models.patch_embed import linear_as_convolution
 
@@ -349,3 +351,27 @@ def test_a_linear_patchifier_is_a_convolution_by_permutation(stem_kernel):
 def test_a_linear_patchifier_has_whole_patches():
     with pytest.raises(ValueError, match=r"96 inputs are no patches of \(8, 5\)"):
         linear_as_convolution(torch.zeros(4, 96), (8, 5))
+
+
+# Traffic.
+
+
+def test_the_stem_moves_its_floor_and_nothing_else():
+    """Counted by launch on meta tensors: the image once, the tokens once; in backward dout twice and the image once more."""
+    stock = Stock(depth=1, dtype=torch.bfloat16, device="meta")
+    fused = vk.fuse(stock)
+    x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    count = _ledger.count(fused, (x,), {}, CHIPS["h200"], train=True)
+    (forward,) = (op for op in count.forward if op.name.startswith("patch_embed"))
+    assert count.forward[0] is forward  # no copy, no cast before it
+    pixels, tokens, weight = x.numel(), 256 * 197 * 768, 768 * 768
+    assert forward.flops == 2 * 256 * 196 * 768 * 768
+    assert forward.read_bytes == 2 * (pixels + weight + 768 + 768 + 197 * 768)
+    assert forward.written_bytes == 2 * tokens
+    stem = [op for op in count.forward if op.shape == (256, 197, 768)]
+    assert stem[0] is forward  # what follows is the block
+    (backward,) = (op for op in count.backward if op.name.startswith("patch_embed"))
+    assert backward.name == "patch_embed_dweight"
+    assert backward.read_bytes == 2 * (pixels + tokens)
+    assert backward.written_bytes <= 0.15 * backward.read_bytes  # partial sums, in float32
+    assert backward.flops == forward.flops

@@ -90,14 +90,21 @@ def _tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _patch_offsets(
-    rows, num_patches, grid_w, image_stride, line_stride,
+    image, patch, line, grid_w, image_stride, line_stride,
     COLUMN_STRIDE: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Offset of each patch's first pixel. Strides come divided by UNIT: multiplying back tells the compiler the alignment."""
-    image = (rows // num_patches).to(tl.int64)
-    patch = rows % num_patches
-    line = ((patch // grid_w) * PATCH_H).to(tl.int64)
-    return (image * image_stride + line * line_stride) * UNIT + (patch % grid_w) * (PATCH_W * COLUMN_STRIDE)
+    """Offset of each patch's first pixel, patch being line * grid_w + column.
+
+    Strides come divided by UNIT: multiplying back tells the compiler the alignment.
+    """
+    first = (line * PATCH_H).to(tl.int64) * line_stride
+    return (image.to(tl.int64) * image_stride + first) * UNIT + (patch - line * grid_w) * (PATCH_W * COLUMN_STRIDE)
+
+
+@triton.jit
+def _over(n, magic, shift):
+    """n // d for 0 <= n < 2^30, from the numbers of ``_magic(d)``: 4 instructions, a division by a variable takes 20."""
+    return ((n.to(tl.int64) * magic) >> shift).to(tl.int32)
 
 
 @triton.jit
@@ -175,10 +182,12 @@ def _patch_embed_fwd_kernel(
         tile_m, tile_n = _tile(tile, tiles_m, tiles_n, GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Beyond the edge row 0 is read again instead of masked: only what is stored needs a mask.
+        image, patch = rows // num_patches, rows % num_patches
+        # Beyond the edge the first image is read again instead of masked: only what is stored needs a mask.
         patches = _patch_offsets(
-            tl.where(rows < M, rows, 0), num_patches, grid_w, image_stride, line_stride, COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT
-        )
+            tl.where(rows < M, image, 0), patch, patch // grid_w, grid_w, image_stride, line_stride,
+            COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT,
+        )  # fmt: skip
         weight_ptrs = weight_ptr + (tl.where(cols < D, cols, 0) * K)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
@@ -196,8 +205,7 @@ def _patch_embed_fwd_kernel(
                 x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
             x = x.to(weight_ptr.dtype.element_ty)
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # eq. (2)
-        tokens = num_prefix + rows % num_patches
-        image = rows // num_patches
+        tokens = num_prefix + patch
         mask = (rows < M)[:, None] & (cols < D)[None, :]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
@@ -221,13 +229,6 @@ def _patch_embed_fwd_kernel(
 
 
 @triton.jit
-def _token_offsets(rows, num_patches, num_prefix, D: tl.constexpr):
-    """Offsets in dout (B, P+N, D) of the patches' rows."""
-    image = (rows // num_patches).to(tl.int64)
-    return (image * (num_prefix + num_patches) + num_prefix + rows % num_patches) * D
-
-
-@triton.jit
 def _patch_embed_dweight_kernel(
     dout_ptr,
     images_ptr,
@@ -236,7 +237,11 @@ def _patch_embed_dweight_kernel(
     partial_ptr,
     M,
     num_patches,
+    patches_magic,
+    patches_shift,
     grid_w,
+    grid_magic,
+    grid_shift,
     num_prefix,
     rows_per_split,
     image_stride,
@@ -267,10 +272,15 @@ def _patch_embed_dweight_kernel(
     for start in tl.range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < last
-        rows = tl.where(inside, rows, 0)
-        patches = _patch_offsets(rows, num_patches, grid_w, image_stride, line_stride, COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT)
-        tokens = _token_offsets(rows, num_patches, num_prefix, D)
-        g = tl.load(dout_ptr + tokens[:, None] + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0).to(DTYPE)
+        image = _over(rows, patches_magic, patches_shift)
+        patch = rows - image * num_patches
+        patches = _patch_offsets(
+            image, patch, _over(patch, grid_magic, grid_shift), grid_w, image_stride, line_stride,
+            COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT,
+        )  # fmt: skip
+        tokens = (rows + (image + 1) * num_prefix).to(tl.int64) * D
+        g = tl.load(dout_ptr + tokens[:, None] + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+        g = g.to(DTYPE)
         x = tl.load(images_ptr + patches[:, None] + pixels[None, :], mask=inside[:, None] & (depth < K)[None, :], other=0)
         if mean_ptr is not None:  # beyond the edge no longer zero, but there g is, or nothing is stored
             x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
@@ -308,8 +318,9 @@ def _patch_embed_dimages_kernel(
     tile_m, tile_k = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     depth = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    safe_rows = tl.where(rows < M, rows, 0)
-    tokens = _token_offsets(safe_rows, num_patches, num_prefix, D)
+    image, patch = rows // num_patches, rows % num_patches
+    image = tl.where(rows < M, image, 0)
+    tokens = (image * (num_prefix + num_patches) + num_prefix + patch).to(tl.int64) * D
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n in tl.range(0, D, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
@@ -317,7 +328,9 @@ def _patch_embed_dimages_kernel(
         weight_mask = (cols < D)[:, None] & (depth < K)[None, :]
         weight = tl.load(weight_ptr + (cols * K)[:, None] + depth[None, :], mask=weight_mask, other=0.0)
         acc = tl.dot(g.to(weight.dtype), weight, acc, input_precision=PRECISION)  # eq. (5)
-    patches = _patch_offsets(safe_rows, num_patches, grid_w, image_stride, line_stride, COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT)
+    patches = _patch_offsets(
+        image, patch, patch // grid_w, grid_w, image_stride, line_stride, COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT
+    )
     pixels, _ = _pixel_offsets(
         depth, channel_stride, line_stride, COLUMN_STRIDE, CHANNELS, PATCH_H, PATCH_W, CHANNELS_LAST, UNIT
     )
@@ -556,7 +569,9 @@ def _dweight(dout, images, weight, mean, std, geometry: _Geometry, config: Patch
         partials,
         geometry.rows,
         geometry.num_patches,
+        *_magic(geometry.num_patches),
         geometry.grid[1],
+        *_magic(geometry.grid[1]),
         dout.shape[1] - geometry.num_patches,
         rows_per_split,
         *geometry.strides,
@@ -567,6 +582,12 @@ def _dweight(dout, images, weight, mean, std, geometry: _Geometry, config: Patch
     )
     total = partials[0] if splits == 1 else partials.sum(0)
     return _out_of_order(total.to(weight.dtype), weight, geometry)
+
+
+def _magic(d: int) -> tuple[int, int]:
+    """(m, s) with n // d == (n * m) >> s for 0 <= n < 2^30, m below 2^31 (Granlund and Montgomery 1994)."""
+    shift = 30 + (d - 1).bit_length()
+    return (1 << shift) // d + 1, shift
 
 
 def _dweight_tile(config: PatchConfig) -> tuple[int, int, int]:
@@ -595,7 +616,7 @@ def _dimages(dout, images, weight, config: PatchConfig | None, allow_tf32: bool)
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_k,
         "BLOCK_K": block_k,
-        "num_warps": config.num_warps if weight.dtype == torch.float32 else 4,
+        "num_warps": 8,  # with 4, ptxas spills a few bytes on sm_80 and sm_120
     }
     tiles = triton.cdiv(geometry.rows, block_m) * triton.cdiv(geometry.depth, block_k)
     _patch_embed_dimages_kernel[(tiles,)](
