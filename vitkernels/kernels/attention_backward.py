@@ -61,10 +61,14 @@ def _dq_step(
 ):  # fmt: skip
     k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, MASKED, DH, PARTS)
     v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, MASKED, DH, PARTS)
-    pointers, mask = _bias_tile(
-        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, MASKED or not KEY_ONLY, KEY_ONLY, False,
-    )  # fmt: skip
+    if bias_ptr is None:
+        pointers = None
+        mask = None
+    else:
+        pointers, mask = _bias_tile(
+            bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
+            QUERIES, KEYS, KEY_ONLY, False,
+        )  # fmt: skip
     key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
     _, ds = _p_and_ds(
         q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, PARTS, PRECISION
@@ -117,10 +121,14 @@ def _dkdv_step(
     dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, MASKED, DH, PARTS)
     row_max, log2_sum, delta = _load_statistics(statistics_ptr, first_query, num_queries, QUERIES, MASKED)
     # A key that does not exist spoils nothing but its own dk and dv, which are not stored; only its bias must not be read.
-    pointers, mask = _bias_tile(
-        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, True, KEY_ONLY, True,
-    )  # fmt: skip
+    if bias_ptr is None:
+        pointers = None
+        mask = None
+    else:
+        pointers, mask = _bias_tile(
+            bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
+            QUERIES, KEYS, KEY_ONLY, True,
+        )  # fmt: skip
     # Keys x queries: p and ds are left operands straight from registers, and few last queries (197 = 3 * 64 + 5) are a
     # number of columns, which tensor cores take in steps of 8.
     p, ds = _p_and_ds(
