@@ -283,7 +283,7 @@ def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, 
     a bias for each query and key.
     """
     if dtype == torch.float32:  # no tensor cores
-        return _Config(False, 32, 32, 32, 4, 1)
+        return _Config(False, 32, 32, 32, 8, 1)
     alone = max(N, M) <= 320 and heads >= fills and not biased
     if arch in (90, 100):  # operands in shared memory
         if alone and Dh <= 80:
