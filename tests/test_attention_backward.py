@@ -146,6 +146,12 @@ def test_empty_tensors_give_zeros(B, N, M):
         assert torch.equal(grad, torch.zeros_like(t))
 
 
+def test_keys_that_do_not_exist_stay_out_where_all_logits_are_far_below_zero():
+    """Beyond the last key k is 0, whose logit 0 would outweigh all others: exp(400) times a k of 0 is NaN."""
+    q, k, v, dout = inputs(1, 70, 70, 1, 16, torch.bfloat16)
+    check(q.abs() + 10, -k.abs() - 10, v, dout)
+
+
 def test_scale_is_an_argument():
     check(*inputs(1, 20, 20, 1, 16, torch.float32), scale=0.7)
 

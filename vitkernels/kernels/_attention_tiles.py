@@ -24,15 +24,12 @@ def _first(parts, i):
 
 @triton.jit
 def _mask(rows, cols, num_rows, END: tl.constexpr, DH: tl.constexpr, MASKED: tl.constexpr):
-    if END > DH:
-        if MASKED:
-            return (rows < num_rows)[:, None] & (cols < DH)[None, :]
-        else:
-            return (cols < DH)[None, :]
-    elif MASKED:
-        return (rows < num_rows)[:, None]
+    if not MASKED:
+        return (cols < DH)[None, :]
+    elif END > DH:
+        return (rows < num_rows)[:, None] & (cols < DH)[None, :]
     else:
-        return None
+        return (rows < num_rows)[:, None]
 
 
 # Row numbers count from the first row of the image and are multiplied anew for each tile. Counted from a tile's first row, the
@@ -48,9 +45,11 @@ def _load_rows(
     rows = first + tl.arange(0, ROWS)
     for i in tl.static_range(len(PARTS)):
         cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
-        mask = _mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, MASKED)
         pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
-        tile = tl.load(pointers, mask=mask, other=None if mask is None else 0.0)
+        if MASKED or _first(PARTS, i + 1) > DH:
+            tile = tl.load(pointers, mask=_mask(rows, cols, num_rows, _first(PARTS, i + 1), DH, MASKED), other=0.0)
+        else:
+            tile = tl.load(pointers)
         tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
 
@@ -108,8 +107,7 @@ def _p_and_ds(
     else:
         # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
         # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
-        other = None if bias_mask is None else float("-inf")
-        bias = tl.load(bias_pointers, mask=bias_mask, other=other)
+        bias = tl.load(bias_pointers, mask=bias_mask, other=float("-inf"))
         p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log2_sum)
     dp = _inner(da, db, PARTS, PRECISION)
     return p, p * (dp - delta)
@@ -163,24 +161,21 @@ def _delta(out, dout, PARTS: tl.constexpr):
 @triton.jit
 def _bias_tile(
     bias_ptr, query_stride, key_stride, first_query, first_key, num_queries, num_keys,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY_ONLY: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Pointers and mask of a tile of the bias; one vector where queries share it."""
-    if bias_ptr is None:
-        return None, None
+    queries = first_query + tl.arange(0, 1 if KEY_ONLY else QUERIES)
+    keys = first_key + tl.arange(0, KEYS)
+    # An absent query may read a key-only bias: its log2_sum makes p = 0.
+    query_offsets, query_mask = queries.to(tl.int64) * query_stride, (queries < num_queries) | KEY_ONLY
+    key_offsets, key_mask = keys.to(tl.int64) * key_stride, keys < num_keys
+    if KEYS_FIRST:
+        return (
+            bias_ptr + key_offsets[:, None] + query_offsets[None, :],
+            key_mask[:, None] & query_mask[None, :],
+        )
     else:
-        queries = first_query + tl.arange(0, 1 if KEY_ONLY else QUERIES)
-        keys = first_key + tl.arange(0, KEYS)
-        # An absent query may read a key-only bias: its log2_sum makes p = 0.
-        query_offsets, query_mask = queries.to(tl.int64) * query_stride, (queries < num_queries) | KEY_ONLY
-        key_offsets, key_mask = keys.to(tl.int64) * key_stride, keys < num_keys
-        if KEYS_FIRST:
-            pointers = bias_ptr + key_offsets[:, None] + query_offsets[None, :]
-            mask = key_mask[:, None] & query_mask[None, :]
-        else:
-            pointers = bias_ptr + query_offsets[:, None] + key_offsets[None, :]
-            mask = query_mask[:, None] & key_mask[None, :]
-        if MASKED:
-            return pointers, mask
-        else:
-            return pointers, None
+        return (
+            bias_ptr + query_offsets[:, None] + key_offsets[None, :],
+            query_mask[:, None] & key_mask[None, :],
+        )

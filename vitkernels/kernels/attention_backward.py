@@ -70,10 +70,14 @@ def _dq_step(
 ):  # fmt: skip
     k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, MASKED, DH, PARTS)
     v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, MASKED, DH, PARTS)
-    pointers, mask = _bias_tile(
-        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, MASKED or not KEY_ONLY, KEY_ONLY, False,
-    )  # fmt: skip
+    if bias_ptr is None:
+        pointers = None
+        mask = None
+    else:
+        pointers, mask = _bias_tile(
+            bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
+            QUERIES, KEYS, KEY_ONLY, False,
+        )  # fmt: skip
     key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
     _, ds = _p_and_ds(
         q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, PARTS, PRECISION
@@ -126,10 +130,14 @@ def _dkdv_step(
     dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, MASKED, DH, PARTS)
     row_max, log2_sum, delta = _load_statistics(statistics_ptr, first_query, num_queries, QUERIES, MASKED)
     # A key that does not exist spoils nothing but its own dk and dv, which are not stored; only its bias must not be read.
-    pointers, mask = _bias_tile(
-        bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
-        QUERIES, KEYS, True, KEY_ONLY, True,
-    )  # fmt: skip
+    if bias_ptr is None:
+        pointers = None
+        mask = None
+    else:
+        pointers, mask = _bias_tile(
+            bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
+            QUERIES, KEYS, KEY_ONLY, True,
+        )  # fmt: skip
     # Keys x queries: p and ds are left operands straight from registers, and few last queries (197 = 3 * 64 + 5) are a
     # number of columns, which tensor cores take in steps of 8.
     p, ds = _p_and_ds(
@@ -266,8 +274,13 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-def _parts(Dh: int) -> tuple[int, ...]:
-    """Widths that hold Dh channels: powers of two of 16 and more, largest first. 72 -> (64, 16), 96 -> (64, 32)."""
+def _parts(arch: int, Dh: int, biased: bool) -> tuple[int, ...]:
+    """Widths that hold Dh channels: powers of two of 16 and more, largest first. 72 -> (64, 16), 88 and 96 -> (64, 32).
+
+    104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers.
+    """
+    if 96 < Dh <= 128 or (biased and arch not in (90, 100) and 80 < Dh <= 128):
+        return (128,)
     padded = -(-Dh // 16) * 16
     return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
 
@@ -275,10 +288,11 @@ def _parts(Dh: int) -> tuple[int, ...]:
 def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
     """The largest tiles that compile without a spill (for Dh up to 128), read from the binaries.
 
-    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows.
+    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows. ``biased``: by
+    a bias for each query and key.
     """
     if dtype == torch.float32:  # no tensor cores
-        return _Config(False, 32, 32, 32, 4, 1)
+        return _Config(False, 32, 32, 32, 8, 1)
     alone = max(N, M) <= 320 and heads >= fills and not biased
     if arch in (90, 100):  # operands in shared memory
         if alone and Dh <= 80:
@@ -287,7 +301,7 @@ def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, 
             return _Config(False, 64, 32, 64, 4, 2)
         if Dh <= 80 or (Dh <= 96 and not biased):
             return _Config(False, 64, 32, 32, 4, 2)
-        return _Config(False, 64, 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
+        return _Config(False, 64, 16 if biased else 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
     if Dh <= 64:  # operands in registers
         return _Config(alone, 64, 16, 32, 4, 1 if alone or biased else 2)
     return _Config(False, 32, 16, 32, 8, 1)
@@ -394,14 +408,15 @@ def _launch(
     N, M, H, Dh = q.shape[-3], k.shape[-3], q.shape[-2], q.shape[-1]
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
     fills = 2 * multiprocessors(q.device)
-    config = _config(architecture(q.device), q.dtype, B * H, N, M, Dh, fills, bias is not None)
+    arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
+    config = _config(arch, q.dtype, B * H, N, M, Dh, fills, biased)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),
         **dict(zip(("dout_strides", "q_strides", "k_strides", "v_strides"), strides, strict=True)),
         **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
         **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
-        **{"UNIT": unit, "DH": Dh, "PARTS": _parts(Dh), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"UNIT": unit, "DH": Dh, "PARTS": _parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }

@@ -88,7 +88,7 @@ def _attention_dbias_kernel(
         )
         pointers, mask = _bias_tile(
             bias_ptr + image * bias_strides[0] + head * bias_strides[1], bias_strides[2], bias_strides[3],
-            first_query, first_key, num_queries, num_keys, QUERIES, KEYS, True, KEY_ONLY, False,
+            first_query, first_key, num_queries, num_keys, QUERIES, KEYS, KEY_ONLY, False,
         )  # fmt: skip
         _, ds = _p_and_ds(
             q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, None, scale, PARTS, PRECISION
