@@ -21,6 +21,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.install()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """``pytest`` alone, without files and without ``-n``, runs the suite on up to four cores.
+
+    In ``addopts``, ``-n`` would also reach ``pytest benchmarks/ --benchmark-only``, which cannot be distributed.
+    """
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if everything and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = min(4, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _poison_and_seed(request):
     """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows.
