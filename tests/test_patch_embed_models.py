@@ -165,6 +165,10 @@ def own_pos_embed(model):
     model._pos_embed = functools.partial(doubled, model._pos_embed)
 
 
+def wrapped_convolution(model):
+    model.patch_embed.proj = nn.Sequential(model.patch_embed.proj)
+
+
 REASONS = {
     "hook on patch_embed": (lambda m: m.patch_embed.register_forward_hook(hook), "patch_embed has hooks"),
     "hook on its convolution": (lambda m: m.patch_embed.proj.register_forward_hook(hook), "proj has hooks"),
@@ -264,7 +268,8 @@ def test_photographs_as_uint8_give_the_logits_of_timms_transforms(name, stem_ker
 
 def test_uint8_works_where_the_fallback_runs_and_float_images_mean_what_they_meant():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    for change in (lambda m: None, lambda m: m.patch_embed.proj.register_forward_hook(hook), own_forward):
+    changes = (lambda m: None, lambda m: m.patch_embed.proj.register_forward_hook(hook), own_forward, wrapped_convolution)
+    for change in changes:
         stock, fused = with_statistics()
         change(stock)
         change(fused)

@@ -201,7 +201,7 @@ def _patch_embed_fwd_kernel(
             else:
                 x = tl.load(images_ptr + patches[:, None] + pixels[None, :])
                 weight = tl.load(weight_ptrs + depth[:, None])
-            if mean_ptr is not None:  # beyond K no longer zero, but there the weight is
+            if mean_ptr is not None:
                 x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
             x = x.to(weight_ptr.dtype.element_ty)
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # eq. (2)
@@ -282,7 +282,7 @@ def _patch_embed_dweight_kernel(
         g = tl.load(dout_ptr + tokens[:, None] + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0)
         g = g.to(DTYPE)
         x = tl.load(images_ptr + patches[:, None] + pixels[None, :], mask=inside[:, None] & (depth < K)[None, :], other=0)
-        if mean_ptr is not None:  # beyond the edge no longer zero, but there g is, or nothing is stored
+        if mean_ptr is not None:  # beyond the last row no longer zero, but there g is
             x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
         acc = tl.dot(tl.trans(g), x.to(DTYPE), acc, input_precision=PRECISION)  # eq. (4)
     offsets = ((tl.program_id(2) * D + cols).to(tl.int64) * K)[:, None] + depth[None, :]

@@ -41,7 +41,9 @@ class FusedPatchEmbed(PatchEmbed):
     def forward(self, x):
         if self.why_not():
             statistics = self._buffers.get(_STATISTICS)
-            return super().forward(x if statistics is None else _float_pixels(x, statistics, self.proj.weight.dtype))
+            return super().forward(
+                x if statistics is None else _float_pixels(x, statistics, next(self.proj.parameters()).dtype)
+            )
         tokens = self.embed(x)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.grid_of(x))
