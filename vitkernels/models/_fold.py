@@ -109,9 +109,10 @@ def _state(block: nn.Module) -> list[tuple[int, int]] | None:
         return None
 
 
-def current(block: nn.Module, x: Tensor) -> FoldedBlock | None:
+def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    if not block.inference or torch.is_grad_enabled() or compute_dtype(x) != x.dtype:
+    weight = block._modules["attn"]._modules["qkv"]._parameters["weight"]  # not the input: torch.fx traces this with a proxy
+    if not block.inference or torch.is_grad_enabled() or compute_dtype(weight) != weight.dtype:
         return None
     if torch.compiler.is_compiling():
         return None if block.folded_of is None else _tensors(block)
