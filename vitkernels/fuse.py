@@ -78,7 +78,8 @@ def fuse(model: nn.Module, *, strict: bool = False, recompute: str | None = None
         inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
             bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
             no state dict has; the parameters stay as they are. Changed parameters (``load_state_dict``, ``.half()``, a step of
-            an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them.
+            an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them, and
+            nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
 
     Returns:
