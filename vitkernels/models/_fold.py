@@ -3,9 +3,9 @@
 The copies are non-persistent buffers of the block and the parameters stay as they are, so that everything can be undone and
 every call that the copies do not serve (gradients, autocast) runs on the parameters. A call compares where the parameters lie
 and how often they were written with what was folded: after ``load_state_dict``, ``.half()``, ``copy_`` or an optimizer's step
-the copies are made again. What is written through ``p.data`` in place counts as no write, and is not seen. The comparison costs
-5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``, ``_load_from_state_dict``, ``train``) is also
-told by the block.
+the copies are made again. What is written in place through ``p.data`` counts as no write, and is not seen. The comparison
+costs 5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``, ``_load_from_state_dict``, ``train``)
+is also told by the block.
 """
 
 from typing import NamedTuple
