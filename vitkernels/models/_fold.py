@@ -3,8 +3,9 @@
 The copies are non-persistent buffers of the block and the parameters stay as they are, so that everything can be undone and
 every call that the copies do not serve (gradients, autocast) runs on the parameters. A call compares where the parameters lie
 and how often they were written with what was folded: after ``load_state_dict``, ``.half()``, ``copy_`` or an optimizer's step
-the copies are made again. That comparison costs 4 us a block; a compiled graph cannot make it, so what it needs to see
-(``_apply``, ``_load_from_state_dict``, ``train``) is also told by the block.
+the copies are made again. What is written in place through ``p.data`` counts as no write, and is not seen. The comparison
+costs 5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``, ``_load_from_state_dict``, ``train``)
+is also told by the block.
 """
 
 from typing import NamedTuple
@@ -48,9 +49,10 @@ def fold(block: nn.Module) -> None:
     if block.why_not():
         return
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in _folded(block).items():
-            block.register_buffer(_PREFIX + name, tensor, persistent=False)
-    block.folded_of = _state(block)
+        folded = _folded(block)
+    for name, tensor in folded.items():
+        block.register_buffer(_PREFIX + name, tensor, persistent=False)
+    block.folded_of = _state(block) if folded else []
 
 
 def _folded(block: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def drop(block: nn.Module) -> None:
 
 
 def _state(block: nn.Module) -> list[tuple[int, int]] | None:
-    """Where each parameter and each folded tensor lies and how often it was written; None where that cannot be read."""
+    """Where each parameter lies and how often it was written; None where that cannot be read."""
     modules, attn, mlp = block._modules, block._modules["attn"]._modules, block._modules["mlp"]._modules
     owners = (
         modules["norm1"],
@@ -98,7 +100,6 @@ def _state(block: nn.Module) -> list[tuple[int, int]] | None:
         modules["ls2"],
     )
     tensors = [t for owner in owners for t in owner._parameters.values() if t is not None]
-    tensors += [t for name, t in block._buffers.items() if name.startswith(_PREFIX)]
     try:
         return [(t.data_ptr(), t._version) for t in tensors]
     except RuntimeError:
@@ -109,9 +110,12 @@ def _state(block: nn.Module) -> list[tuple[int, int]] | None:
         return None
 
 
-def current(block: nn.Module, x: Tensor) -> FoldedBlock | None:
+def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    if not block.inference or torch.is_grad_enabled() or compute_dtype(x) != x.dtype:
+    if not block.inference or block.folded_of == [] or torch.is_grad_enabled():
+        return None
+    weight = block._modules["attn"]._modules["qkv"]._parameters["weight"]  # not the input: torch.fx traces this with a proxy
+    if compute_dtype(weight) != weight.dtype:
         return None
     if torch.compiler.is_compiling():
         return None if block.folded_of is None else _tensors(block)

@@ -81,7 +81,7 @@ class FusedBlock(Block):
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
 
-        folded = _fold.current(self, x) if self.inference else None
+        folded = _fold.current(self) if self.inference else None
         if folded is None or folded.qkv is None:
             packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
         else:
