@@ -10,8 +10,8 @@ repeated (``--force`` repeats it), and one that was interrupted adds to what it 
 steps without a GPU, at tiny shapes. ``benchmarks/report.py`` reads the ``kernels.json``, ``models.json`` and
 ``compiled.json`` of a round.
 
-Exit code: 1 when correctness failed (a test, the sanitizer, or our provider at a benchmark's shape), 2 for bad arguments or
-no GPU, else 0, even where steps ran out of time: the table at the end says so.
+Exit code: 1 when correctness failed (a test, the sanitizer, a candidate of tuning, or our provider at a benchmark's shape), 2
+for bad arguments or no GPU, else 0, even where steps ran out of time: the table at the end says so.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def steps(dry: bool, scratch: Path) -> list[Step]:
     """What runs; ``dry`` makes every part as small as it can be."""
     target = ("--build-lib", str(scratch), "--build-temp", str(scratch)) if dry else ("--inplace",)  # dry: the tree stays
     ceilings = (sys.executable, __file__, "--ceilings", str(scratch / "environment.json"), *(["--dry-run"] if dry else []))
-    tune = (sys.executable, "-m", "vitkernels", "tune", *(["--help"] if dry else ["--budget", "50"]))
+    tune = (sys.executable, "-m", "vitkernels", "tune", *(["--help"] if dry else []))
     tools = [() if dry else ("compute-sanitizer", "--tool", t, "--error-exitcode", str(SANITIZER_ERROR)) for t in _TOOLS]
     # Every registered operator once, at the smallest shapes: forward and backward are operators of their own.
     smallest = (*PYTEST, "tests/test_registration.py", "-k", "kernel_and_reference", *([] if dry else ["-m", "gpu"]))
@@ -92,7 +92,7 @@ def steps(dry: bool, scratch: Path) -> list[Step]:
             ("pytest",) if dry else ("pytest", "compute-sanitizer"),
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # a cached block would hide an access beyond a tensor's end
         ),
-        Step("tune", (tune,), 60, 20, ("vitkernels/cli/tune.py",)),
+        Step("tune", (tune,), 90, 30, ("vitkernels/cli/tune.py",)),
         _benchmarks("kernels", 150, 60, scratch, _TINY_KERNELS if dry else _KERNELS),
         _benchmarks("models", 120, 50, scratch, [_tiny("eager or fused")] if dry else _MODELS),
         _benchmarks("compiled", 150, 50, scratch, [_tiny("compile or fused")] if dry else _COMPILED),
@@ -281,6 +281,8 @@ def is_wrong(name: str, codes: list[int | None], text: str, found: dict[str, Any
     if name == "sanitizer":
         errors = re.search(r"ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: .*\([1-9]\d* error", text)
         return SANITIZER_ERROR in codes or errors is not None
+    if name == "tune":
+        return " is wrong: " in text
     return name in ("kernels", "models", "compiled") and "fused is wrong at this shape" in text
 
 

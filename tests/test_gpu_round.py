@@ -50,9 +50,7 @@ def test_a_dry_run_takes_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + log
     found = json.loads((tmp_path / "summary.json").read_text())
     assert [step["name"] for step in found["steps"]] == STEPS
-    tunes = (ROOT / "vitkernels" / "cli" / "tune.py").exists()
-    status = {step["name"]: step["status"] for step in found["steps"]}
-    assert status == {**dict.fromkeys(STEPS, "ok"), "tune": "ok" if tunes else "skipped"}, log
+    assert {step["name"]: step["status"] for step in found["steps"]} == dict.fromkeys(STEPS, "ok"), log
     assert {(row["subject"], row["provider"]) for row in found["rows"]} >= {("layer_norm", "fused"), ("model", "fused")}
     assert found["ceilings"]["copy_gb_per_s"] > 0
     assert found["ceilings"]["gemm_bf16_tflops"] > 0
@@ -183,6 +181,16 @@ def test_ctrl_c_leaves_the_benchmarks_that_pytest_had_measured(gpu_round, tmp_pa
     code, _ = gpu_round.execute(command, env, 120.0, tmp_path / "round.log")
     assert code == 2
     assert [row["name"] for row in json.loads(file.read_text())["benchmarks"]] == ["test_first"]
+
+
+def test_the_tuned_table_of_a_round_lies_in_its_folder(play, tmp_path):
+    code, step = play("import os; print(os.environ['VITKERNELS_CACHE']); exit(3)", name="tune")
+    assert (code, step["reason"]) == (0, str(tmp_path))
+
+
+def test_a_wrong_candidate_of_tuning_fails_the_round(play):
+    code, step = play("print('vitkernels: error: linear fc1: pointer 64x64x32 is wrong: error nan'); exit(1)", name="tune")
+    assert (code, step["wrong"]) == (1, True)
 
 
 def test_a_skip_does_not_hide_an_earlier_failure(play, tmp_path):

@@ -46,9 +46,9 @@ def stem_kernel(monkeypatch):
     """The names of the operators that were asked to run; patch_embed runs its kernel."""
     asked, use = [], _select.use_kernel
 
-    def use_kernel(op, x, why_not, *rest):
+    def use_kernel(op, x, why_not, *rest, **options):
         asked.append(op)
-        return True if op == "patch_embed" and not why_not() else use(op, x, why_not, *rest)
+        return True if op == "patch_embed" and not why_not() else use(op, x, why_not, *rest, **options)
 
     monkeypatch.setattr("vitkernels._select.use_kernel", use_kernel)
     monkeypatch.setattr("vitkernels._select._plan", "triton")

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 import vitkernels as vk
 import vitkernels.models._positions
 import vitkernels.models.naflexvit
+import vitkernels.models.patch_embed
 import vitkernels.models.vision_transformer
 from vitkernels.models import FusedNaFlexEmbeds
 
@@ -40,6 +41,7 @@ def resampled(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     spy(vitkernels.models._positions, "resample_pos_embed")
+    spy(vitkernels.models.patch_embed, "resample_pos_embed")
     spy(vitkernels.models.vision_transformer, "resample_pos_embed")
     spy(vitkernels.models.naflexvit, "resample_pos_embed_many")
     return calls

@@ -161,12 +161,8 @@ class FusedVisionTransformer(FusedPositions):
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
         positions, stem = self.pos_embed, self.patch_embed
         if positions is not None and self.dynamic_img_size:
-            positions = resample_pos_embed(
-                positions,
-                new_size=stem.grid_of(x),
-                old_size=stem.grid_size,
-                num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
-            )
+            num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
+            positions = resample_pos_embed(positions, stem.grid_of(x), stem.grid_size, num_positioned)
         tokens = stem.embed(
             x,
             prefix_tokens=torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None,
