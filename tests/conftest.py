@@ -33,12 +33,14 @@ def pytest_cmdline_main(config):
 
 
 @pytest.fixture(autouse=True)
-def _poison_and_seed(request):
+def _poison_seed_and_backend(request, monkeypatch):
     """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows.
 
-    Tests marked gpu make their tensors on the GPU.
+    Tests marked gpu make their tensors on the GPU. On a CPU ``auto`` leaves a fused block to timm's forward; here the fused
+    forward runs, on what the operators choose.
     """
     torch.manual_seed(0)
+    monkeypatch.setattr("vitkernels._select.leaves_to_pytorch", lambda x: False)
     on_gpu = torch.cuda.is_available() and request.node.get_closest_marker("gpu") is not None
     with poisoned(), torch.device("cuda") if on_gpu else contextlib.nullcontext():
         yield

@@ -31,6 +31,7 @@ def outputs_and_gradients(model, images):
 
 
 IMAGES = torch.randn(2, 3, 32, 32)
+LEAVES_TO_PYTORCH = vk._select.leaves_to_pytorch
 
 
 def test_fuse_is_in_place_and_changes_classes_only():
@@ -295,3 +296,21 @@ def test_fallbacks_are_logged_once_at_info(caplog, monkeypatch):
         vk.ops.layer_norm(x)
         vk.ops.layer_norm(x)
     assert [r.getMessage() for r in caplog.records] == ["layer_norm falls back to PyTorch: inputs below 8 MiB are launch-bound"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_auto_leaves_the_blocks_of_a_cpu_to_timms_forward_and_keeps_a_promise_to_save_memory(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("an operator was asked")
+
+    monkeypatch.setattr("vitkernels._select.leaves_to_pytorch", LEAVES_TO_PYTORCH)  # the suite replaces it
+    monkeypatch.setattr("vitkernels.models.block.linear", asked)
+    model = small()
+    expected = model(IMAGES)
+    vk.fuse(model)
+    assert torch.equal(model(IMAGES), expected)
+    with vk.backend("reference"), pytest.raises(AssertionError, match="an operator was asked"):
+        model(IMAGES)
+    vk.fuse(vk.unfuse(model), recompute="mlp")
+    with pytest.raises(AssertionError, match="an operator was asked"):
+        model(IMAGES)
