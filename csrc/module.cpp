@@ -58,8 +58,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_versions", &cuda_versions,
           "(runtime, driver) as CUDA numbers them, 13000 for 13.0. None: built without a runtime, or no driver here.");
     const char* doc = "Resampled copies of a position embedding, or its gradient from theirs: see csrc/pos_embed.h.";
-    define<resample_forward_cpu, int>(m, "resample_forward_cpu", doc, "threads"_a);
-    define<resample_backward_cpu, int>(m, "resample_backward_cpu", doc, "threads"_a);
+    define<resample_forward_cpu, int, int>(m, "resample_forward_cpu", doc, "threads"_a, "vector_bits"_a = 512);
+    define<resample_backward_cpu, int, int>(m, "resample_backward_cpu", doc, "threads"_a, "vector_bits"_a = 512);
 #ifdef VITKERNELS_CUDA
     define<resample_forward_cuda, int, std::uintptr_t>(m, "resample_forward_cuda", doc, "device"_a, "stream"_a);
     define<resample_backward_cuda, int, std::uintptr_t>(m, "resample_backward_cuda", doc, "device"_a, "stream"_a);

@@ -25,7 +25,7 @@
 #else
 #define ALWAYS_INLINE inline
 #endif
-#if defined(__GNUC__) && defined(__x86_64__) && !defined(VITKERNELS_PORTABLE)
+#if defined(__GNUC__) && defined(__x86_64__)
 #define VITKERNELS_X86 1
 #endif
 
@@ -229,12 +229,12 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-widt
 #endif
 
 template <typename In, typename Out>
-PassFunction<In, Out> pick() {
+PassFunction<In, Out> pick([[maybe_unused]] int vector_bits) {
 #ifdef VITKERNELS_X86
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return avx512<In, Out>;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2<In, Out>;
+    const bool has_avx512 =
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (vector_bits >= 512 && has_avx512) return avx512<In, Out>;
+    if (vector_bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2<In, Out>;
 #endif
     return portable<In, Out>;
 }
@@ -320,8 +320,8 @@ std::shared_ptr<float> scratch(std::size_t floats) {
 int useful_threads(double work, std::int64_t tasks, int threads) { return tasks > 1 && work >= kParallelWork ? threads : 1; }
 
 template <typename T>
-void forward(const Resampling& p, int threads) {
-    const PassFunction<T, T> pass_function = pick<T, T>();
+void forward(const Resampling& p, int threads, int vector_bits) {
+    const PassFunction<T, T> pass_function = pick<T, T>(vector_bits);
     const std::int64_t blocks = (p.channels + kBlock - 1) / kBlock, width = std::min(kBlock, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
     std::vector<Plan> plans;
@@ -386,8 +386,8 @@ void prefix_gradients(const Resampling& p, const std::vector<std::int64_t>& star
 
 // Each channel block sums over the copies in their order, so the result does not depend on the threads.
 template <typename T>
-void backward(const Resampling& p, int threads) {
-    const PassFunction<T, float> pass_function = pick<T, float>();
+void backward(const Resampling& p, int threads, int vector_bits) {
+    const PassFunction<T, float> pass_function = pick<T, float>(vector_bits);
     const std::int64_t blocks = (p.channels + kBlock - 1) / kBlock, width = std::min(kBlock, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
     std::vector<Plan> plans;
@@ -432,21 +432,21 @@ void backward(const Resampling& p, int threads) {
 
 }  // namespace
 
-void resample_forward_cpu(const Resampling& problem, int threads) {
+void resample_forward_cpu(const Resampling& problem, int threads, int vector_bits) {
     switch (problem.dtype) {
-        case Dtype::float32: return forward<float>(problem, threads);
-        case Dtype::float16: return forward<float16>(problem, threads);
-        case Dtype::bfloat16: return forward<bfloat16>(problem, threads);
-        case Dtype::float64: return forward<double>(problem, threads);
+        case Dtype::float32: return forward<float>(problem, threads, vector_bits);
+        case Dtype::float16: return forward<float16>(problem, threads, vector_bits);
+        case Dtype::bfloat16: return forward<bfloat16>(problem, threads, vector_bits);
+        case Dtype::float64: return forward<double>(problem, threads, vector_bits);
     }
 }
 
-void resample_backward_cpu(const Resampling& problem, int threads) {
+void resample_backward_cpu(const Resampling& problem, int threads, int vector_bits) {
     switch (problem.dtype) {
-        case Dtype::float32: return backward<float>(problem, threads);
-        case Dtype::float16: return backward<float16>(problem, threads);
-        case Dtype::bfloat16: return backward<bfloat16>(problem, threads);
-        case Dtype::float64: return backward<double>(problem, threads);
+        case Dtype::float32: return backward<float>(problem, threads, vector_bits);
+        case Dtype::float16: return backward<float16>(problem, threads, vector_bits);
+        case Dtype::bfloat16: return backward<bfloat16>(problem, threads, vector_bits);
+        case Dtype::float64: return backward<double>(problem, threads, vector_bits);
     }
 }
 
