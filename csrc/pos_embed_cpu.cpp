@@ -15,6 +15,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
+#include <sys/mman.h>
 #endif
 
 #include "dtypes.cuh"
@@ -316,6 +317,16 @@ std::shared_ptr<float> scratch(std::size_t floats) {
     return {memory, [line](float* p) { ::operator delete(p, line); }};
 }
 
+// Memory of this size often comes from the system anew (glibc: always from 32 MiB on), and then every 4 KiB costs a fault of 1 to
+// 2 us: 23 of the 30 ms of 32 copies of 1.7 MB. Linux gives pages of 2 MiB to those who ask, in 0.4 us.
+void ask_for_large_pages([[maybe_unused]] std::uintptr_t memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::size_t kPage = 2 << 20, kLarge = 4 << 20;
+    const std::uintptr_t begin = (memory + kPage - 1) / kPage * kPage, end = (memory + bytes) / kPage * kPage;
+    if (bytes >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // All or one: OpenMP runtimes end threads when the next region asks for fewer, and PyTorch's would start them again.
 int useful_threads(double work, std::int64_t tasks, int threads) { return tasks > 1 && work >= kParallelWork ? threads : 1; }
 
@@ -334,6 +345,7 @@ void forward(const Resampling& p, int threads, int vector_bits) {
         work += plans.back().work * double(p.channels);
         size.fit(p.height, p.width, t.width, width);
     }
+    ask_for_large_pages(p.copies, std::size_t(starts.back() * p.channels) * sizeof(T));
     const std::int64_t tasks = blocks * std::int64_t(p.targets.size());
     run_tasks(tasks, useful_threads(work, tasks, threads), [&] {
         const std::shared_ptr<float> memory = scratch(size.buffer + size.line);
