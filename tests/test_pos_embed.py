@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
@@ -376,7 +377,16 @@ def test_whoever_looks_at_operators_sees_one():
             seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
+    class WatchFunctions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
     plain = vk.ops.resample_pos_embed(posemb, (6, 6))
+    with WatchFunctions():
+        vk.ops.resample_pos_embed(posemb, (6, 6))
+    assert any("resample_pos_embed_fwd" in str(function) for function in seen)
+    seen.clear()
     with Watch():
         watched = vk.ops.resample_pos_embed(posemb, (6, 6))
     assert "vitkernels.resample_pos_embed_fwd.default" in seen
