@@ -240,8 +240,9 @@ PassFunction<In, Out> pick([[maybe_unused]] int vector_bits) {
     return portable<In, Out>;
 }
 
-// The threads of the OpenMP runtime that PyTorch has loaded, if any: between two operators they spin, so they start at once, and
-// any others would have to compete with them for the cores. Nothing of OpenMP is linked; this entry is in GNU's, LLVM's and Intel's.
+// The threads of the OpenMP runtime that PyTorch has loaded, if any: between two operators they spin, so they start at once,
+// and any others would have to compete with them for the cores. Nothing of OpenMP is linked; GNU's, LLVM's and Intel's have
+// this entry. As for PyTorch's own operators, a forked child whose parent has used them must stay with one thread.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 Parallel openmp() {
@@ -317,8 +318,8 @@ std::shared_ptr<float> scratch(std::size_t floats) {
     return {memory, [line](float* p) { ::operator delete(p, line); }};
 }
 
-// Memory of this size often comes from the system anew (glibc: always from 32 MiB on), and then every 4 KiB costs a fault of 1 to
-// 2 us: 23 of the 30 ms of 32 copies of 1.7 MB. Linux gives pages of 2 MiB to those who ask, in 0.4 us.
+// Memory of this size often comes from the system anew (glibc: always from 32 MiB on), and then every 4 KiB costs a fault of
+// 1 to 2 us: 23 of the 30 ms of 32 copies of 1.7 MB. Linux gives pages of 2 MiB to those who ask, in 0.4 us.
 void ask_for_large_pages([[maybe_unused]] std::uintptr_t memory, [[maybe_unused]] std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr std::size_t kPage = 2 << 20, kLarge = 4 << 20;
