@@ -32,9 +32,10 @@ struct Resampling {
 // First row of each copy and, in the end, the number of rows.
 std::vector<std::int64_t> first_rows(const Resampling& problem);
 
-// With at most `threads` threads, the calling one included. Results do not depend on their number.
-void resample_forward_cpu(const Resampling& problem, int threads);
-void resample_backward_cpu(const Resampling& problem, int threads);
+// With at most `threads` threads, the calling one included: results do not depend on their number. And with vectors of at most
+// `vector_bits`, where the CPU has them: AVX-512, AVX2 or portable code, of which tests run each.
+void resample_forward_cpu(const Resampling& problem, int threads, int vector_bits = 512);
+void resample_backward_cpu(const Resampling& problem, int threads, int vector_bits = 512);
 
 // On a stream of a device. std::runtime_error with CUDA's message when a launch fails.
 void resample_forward_cuda(const Resampling& problem, int device, std::uintptr_t stream);

@@ -13,6 +13,11 @@
 #include <thread>
 #include <type_traits>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <sys/mman.h>
+#endif
+
 #include "dtypes.cuh"
 #include "pos_embed.h"
 
@@ -21,7 +26,7 @@
 #else
 #define ALWAYS_INLINE inline
 #endif
-#if defined(__GNUC__) && defined(__x86_64__) && !defined(VITKERNELS_PORTABLE)
+#if defined(__GNUC__) && defined(__x86_64__)
 #define VITKERNELS_X86 1
 #endif
 
@@ -39,7 +44,7 @@ std::vector<std::int64_t> first_rows(const Resampling& problem) {
 namespace {
 
 constexpr std::int64_t kBlock = 64;           // channels of a task: 256 bytes, the buffer of 16x37 positions is 150 kB
-constexpr double kWorkPerThread = 3 << 20;    // multiply-adds, about 50 us: a thread takes 10 to 20 us to start
+constexpr double kParallelWork = 2 << 20;     // multiply-adds, about 50 us on one thread: waking others takes up to 20 us
 
 // For each output its sources and weights.
 struct Taps {
@@ -154,38 +159,42 @@ struct Pass {
     float *buffer, *line;  // in_height * out_width * n and max(in_width, out_width) * n floats
 };
 
+// Row y of the source, along x into the buffer.
+template <typename In, bool kFma>
+ALWAYS_INLINE void resample_row(const Pass& pass, Rows<const In> in, int y) {
+    const std::int64_t n = pass.n, first = std::int64_t{y} * pass.in_width;
+    const float* source = pass.line;
+    std::int64_t stride = n;
+    if (sizeof(In) == 4 && first + pass.in_width <= in.present) {
+        source = reinterpret_cast<const float*>(in.data + first * in.stride), stride = in.stride;
+    } else {
+        for (int x = 0; x < pass.in_width; ++x) {
+            float* __restrict to = pass.line + x * n;
+            const In* __restrict from = in.data + (first + x) * in.stride;
+            if (first + x < in.present) {
+                for (std::int64_t c = 0; c < n; ++c) to[c] = to_float(from[c]);
+            } else {
+                std::fill(to, to + n, 0.0f);
+            }
+        }
+    }
+    float* to = pass.buffer + std::int64_t{y} * pass.out_width * n;
+    for (int x = 0; x < pass.out_width; ++x, to += n) {
+        const Window window = pass.horizontal.windows[x];
+        const float* from = source + window.first * stride;
+        weighted_sum<kFma>(to, from, stride, pass.horizontal.of(x), window.count, true, n);
+    }
+}
+
 // fresh: out is overwritten, else added to (float only). Rows of `out` that are not present are left alone.
 template <typename In, typename Out, bool kFma>
 ALWAYS_INLINE void run_pass(const Pass& pass, Rows<const In> in, Rows<Out> out, bool fresh) {
-    constexpr bool kFloatIn = sizeof(In) == 4, kFloatOut = sizeof(Out) == 4;
-    const std::int64_t n = pass.n;
-    for (int y = 0; y < pass.in_height; ++y) {
-        const std::int64_t first = std::int64_t{y} * pass.in_width;
-        const float* source = pass.line;
-        std::int64_t stride = n;
-        if (kFloatIn && first + pass.in_width <= in.present) {
-            source = reinterpret_cast<const float*>(in.data + first * in.stride), stride = in.stride;
-        } else {
-            for (int x = 0; x < pass.in_width; ++x) {
-                float* __restrict to = pass.line + x * n;
-                const In* __restrict from = in.data + (first + x) * in.stride;
-                if (first + x < in.present) {
-                    for (std::int64_t c = 0; c < n; ++c) to[c] = to_float(from[c]);
-                } else {
-                    std::fill(to, to + n, 0.0f);
-                }
-            }
-        }
-        float* to = pass.buffer + std::int64_t{y} * pass.out_width * n;
-        for (int x = 0; x < pass.out_width; ++x, to += n) {
-            const Window window = pass.horizontal.windows[x];
-            const float* from = source + window.first * stride;
-            weighted_sum<kFma>(to, from, stride, pass.horizontal.of(x), window.count, true, n);
-        }
-    }
-    const std::int64_t row = std::int64_t{pass.out_width} * n;
+    constexpr bool kFloatOut = sizeof(Out) == 4;
+    const std::int64_t n = pass.n, row = std::int64_t{pass.out_width} * n;
+    int made = 0;  // rows of the buffer: each is made when the first output needs it, and read while it is in the L1 cache
     for (int y = 0; y < pass.out_height; ++y) {
         const Window window = pass.vertical.windows[y];
+        for (; made < window.first + window.count; ++made) resample_row<In, kFma>(pass, in, made);
         const float* from = pass.buffer + window.first * row;
         for (int x = 0; x < pass.out_width; ++x, from += n) {
             const std::int64_t index = std::int64_t{y} * pass.out_width + x;
@@ -221,41 +230,65 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-widt
 #endif
 
 template <typename In, typename Out>
-PassFunction<In, Out> pick() {
+PassFunction<In, Out> pick([[maybe_unused]] int vector_bits) {
 #ifdef VITKERNELS_X86
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return avx512<In, Out>;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2<In, Out>;
+    const bool has_avx512 =
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (vector_bits >= 512 && has_avx512) return avx512<In, Out>;
+    if (vector_bits >= 256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2<In, Out>;
 #endif
     return portable<In, Out>;
 }
 
-// Runs task(0) .. task(count - 1) on up to `threads` threads. Each worker makes its own state first.
-template <typename MakeWorker>
-void run_tasks(std::int64_t count, int threads, MakeWorker make_worker) {
-    std::atomic<std::int64_t> next{0};
-    std::vector<std::exception_ptr> errors(threads);
-    auto work = [&](int worker) noexcept {
-        try {
-            auto task = make_worker();
-            for (std::int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-        } catch (...) {
-            errors[worker] = std::current_exception();
-            next = count;
-        }
-    };
+// The threads of the OpenMP runtime that PyTorch has loaded, if any: between two operators they spin, so they start at once,
+// and any others would have to compete with them for the cores. Nothing of OpenMP is linked; GNU's, LLVM's and Intel's have
+// this entry. As for PyTorch's own operators, a forked child whose parent has used them must stay with one thread.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+Parallel openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+// Calls work() on up to `threads` threads, this one included.
+template <typename Work>
+void on_threads(int threads, Work& work) {
+    if (threads == 1) return work();
+    if (const Parallel parallel = openmp()) {
+        return parallel([](void* data) { (*static_cast<Work*>(data))(); }, &work, unsigned(threads), 0);
+    }
     std::vector<std::thread> helpers;
     try {
-        for (int worker = 1; worker < threads; ++worker) helpers.emplace_back(work, worker);
+        while (int(helpers.size()) < threads - 1) helpers.emplace_back([&] { work(); });
     } catch (const std::system_error&) {
         // No more threads to be had: those that run do the work.
     }
-    work(0);
+    work();
     for (std::thread& helper : helpers) helper.join();
-    for (const std::exception_ptr& error : errors) {
-        if (error) std::rethrow_exception(error);
-    }
+}
+
+// Runs task(0) .. task(count - 1). Each thread makes its own worker first.
+template <typename MakeWorker>
+void run_tasks(std::int64_t count, int threads, MakeWorker make_worker) {
+    std::atomic<std::int64_t> next{0};
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr error;
+    auto work = [&]() noexcept {
+        try {
+            std::int64_t i = next++;
+            if (i >= count) return;  // a thread that finds nothing to do needs no memory
+            for (auto task = make_worker(); i < count; i = next++) task(i);
+        } catch (...) {
+            if (!failed.test_and_set()) error = std::current_exception();
+            next = count;
+        }
+    };
+    on_threads(threads, work);
+    if (error) std::rethrow_exception(error);
 }
 
 struct Size {
@@ -285,13 +318,22 @@ std::shared_ptr<float> scratch(std::size_t floats) {
     return {memory, [line](float* p) { ::operator delete(p, line); }};
 }
 
-int useful_threads(double work, std::int64_t tasks, int threads) {
-    return int(std::max(1.0, std::min({double(threads), double(tasks), work / kWorkPerThread + 0.5})));
+// Memory of this size often comes from the system anew (glibc: always from 32 MiB on), and then every 4 KiB costs a fault of
+// 1 to 2 us: 23 of the 30 ms of 32 copies of 1.7 MB. Linux gives pages of 2 MiB to those who ask, in 0.4 us.
+void ask_for_large_pages([[maybe_unused]] std::uintptr_t memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::size_t kPage = 2 << 20, kLarge = 4 << 20;
+    const std::uintptr_t begin = (memory + kPage - 1) / kPage * kPage, end = (memory + bytes) / kPage * kPage;
+    if (bytes >= kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
+// All or one: OpenMP runtimes end threads when the next region asks for fewer, and PyTorch's would start them again.
+int useful_threads(double work, std::int64_t tasks, int threads) { return tasks > 1 && work >= kParallelWork ? threads : 1; }
+
 template <typename T>
-void forward(const Resampling& p, int threads) {
-    const PassFunction<T, T> pass_function = pick<T, T>();
+void forward(const Resampling& p, int threads, int vector_bits) {
+    const PassFunction<T, T> pass_function = pick<T, T>(vector_bits);
     const std::int64_t blocks = (p.channels + kBlock - 1) / kBlock, width = std::min(kBlock, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
     std::vector<Plan> plans;
@@ -304,6 +346,7 @@ void forward(const Resampling& p, int threads) {
         work += plans.back().work * double(p.channels);
         size.fit(p.height, p.width, t.width, width);
     }
+    ask_for_large_pages(p.copies, std::size_t(starts.back() * p.channels) * sizeof(T));
     const std::int64_t tasks = blocks * std::int64_t(p.targets.size());
     run_tasks(tasks, useful_threads(work, tasks, threads), [&] {
         const std::shared_ptr<float> memory = scratch(size.buffer + size.line);
@@ -356,8 +399,8 @@ void prefix_gradients(const Resampling& p, const std::vector<std::int64_t>& star
 
 // Each channel block sums over the copies in their order, so the result does not depend on the threads.
 template <typename T>
-void backward(const Resampling& p, int threads) {
-    const PassFunction<T, float> pass_function = pick<T, float>();
+void backward(const Resampling& p, int threads, int vector_bits) {
+    const PassFunction<T, float> pass_function = pick<T, float>(vector_bits);
     const std::int64_t blocks = (p.channels + kBlock - 1) / kBlock, width = std::min(kBlock, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
     std::vector<Plan> plans;
@@ -402,21 +445,21 @@ void backward(const Resampling& p, int threads) {
 
 }  // namespace
 
-void resample_forward_cpu(const Resampling& problem, int threads) {
+void resample_forward_cpu(const Resampling& problem, int threads, int vector_bits) {
     switch (problem.dtype) {
-        case Dtype::float32: return forward<float>(problem, threads);
-        case Dtype::float16: return forward<float16>(problem, threads);
-        case Dtype::bfloat16: return forward<bfloat16>(problem, threads);
-        case Dtype::float64: return forward<double>(problem, threads);
+        case Dtype::float32: return forward<float>(problem, threads, vector_bits);
+        case Dtype::float16: return forward<float16>(problem, threads, vector_bits);
+        case Dtype::bfloat16: return forward<bfloat16>(problem, threads, vector_bits);
+        case Dtype::float64: return forward<double>(problem, threads, vector_bits);
     }
 }
 
-void resample_backward_cpu(const Resampling& problem, int threads) {
+void resample_backward_cpu(const Resampling& problem, int threads, int vector_bits) {
     switch (problem.dtype) {
-        case Dtype::float32: return backward<float>(problem, threads);
-        case Dtype::float16: return backward<float16>(problem, threads);
-        case Dtype::bfloat16: return backward<bfloat16>(problem, threads);
-        case Dtype::float64: return backward<double>(problem, threads);
+        case Dtype::float32: return backward<float>(problem, threads, vector_bits);
+        case Dtype::float16: return backward<float16>(problem, threads, vector_bits);
+        case Dtype::bfloat16: return backward<bfloat16>(problem, threads, vector_bits);
+        case Dtype::float64: return backward<double>(problem, threads, vector_bits);
     }
 }
 

@@ -112,7 +112,7 @@ module = test_build.load_extension({str(tmp_path / extension)!r})
 print(*module.build_info()["architectures"])
 if module.cuda_versions()[1] is None:
     try:
-        module.resample_forward_cuda(0, 0, 0, 1, 1, 4, 0, 0, True, True, False, [(2, 2, 2, 2)], 0, 0)
+        module.resample_forward_cuda(0, 0, 0, 1, 1, 4, 0, 0, True, True, False, False, [2, 2], 0, 0)
     except RuntimeError as error:
         print(error)
 """

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels import _env
@@ -161,6 +164,37 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def by_vectors(function, bits, tensor, rows, old_size, sizes):
+    """The extension's own function with vectors of up to so many bits: bicubic with antialias, one prefix row."""
+    out = tensor.new_full((rows, tensor.shape[-1]), torch.nan)
+    call = getattr(_env.EXTENSION, function)
+    table, copies = (tensor, out) if function == "resample_forward_cpu" else (out, tensor)
+    where = (table.data_ptr(), copies.data_ptr(), DTYPES.index(tensor.dtype), *old_size, tensor.shape[-1])
+    call(*where, 1, 0, True, True, False, False, [side for size in sizes for side in size], 2, bits)
+    return out
+
+
+@needs_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("old_size", "new_size"), [((14, 14), (24, 24)), ((37, 37), (16, 16)), ((7, 3), (5, 11))], ids=str)
+def test_every_vector_width_gives_the_same_numbers(old_size, new_size, dtype):
+    """AVX2 and AVX-512 the same bits; the portable loops have no fused multiply-add."""
+    rows = {"forward": 1 + old_size[0] * old_size[1], "backward": 3 + 2 * new_size[0] * new_size[1] + old_size[0] * old_size[1]}
+    for direction, count in rows.items():
+        sizes = [new_size] if direction == "forward" else [new_size, old_size, new_size]
+        made = 1 + new_size[0] * new_size[1] if direction == "forward" else rows["forward"]
+        given = torch.randn(count, 70).to(dtype)
+        arguments = (f"resample_{direction}_cpu", given, made, old_size, sizes)
+        avx512, avx2, portable = (by_vectors(arguments[0], bits, *arguments[1:]) for bits in (512, 256, 0))
+        assert torch.equal(avx2, avx512)
+        step = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
+        largest = avx512.abs().max().item()
+        torch.testing.assert_close(portable.double(), avx512.double(), rtol=0, atol=max(2e-6, step) * max(1.0, largest))
+        if direction == "forward":
+            assert torch.equal(avx512, fused(given[None], new_size, old_size)[0])
 
 
 @needs_extension
@@ -330,6 +364,42 @@ def test_derivatives_of_torch_func_go_through_the_reference():
     assert_close(got, resample_abs_pos_embed(tangent, (6, 6)))
     per_sample = torch.func.vmap(lambda p: vk.ops.resample_pos_embed(p, (6, 6)))(torch.stack([posemb, tangent]))
     assert_close(per_sample[1], resample_abs_pos_embed(tangent, (6, 6)))
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes
+def test_whoever_looks_at_operators_sees_one():
+    """Where nobody does, a CPU's kernel is called without it."""
+    posemb, seen = table((4, 4), 1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class WatchFunctions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    plain = vk.ops.resample_pos_embed(posemb, (6, 6))
+    with WatchFunctions():
+        vk.ops.resample_pos_embed(posemb, (6, 6))
+    assert any("resample_pos_embed_fwd" in str(function) for function in seen)
+    seen.clear()
+    with Watch():
+        watched = vk.ops.resample_pos_embed(posemb, (6, 6))
+    assert "vitkernels.resample_pos_embed_fwd.default" in seen
+    assert torch.equal(watched, plain)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        vk.ops.resample_pos_embed(posemb, (6, 6))
+    assert "vitkernels::resample_pos_embed_fwd" in {event.key for event in profile.key_averages()}
+    with FakeTensorMode() as mode:
+        assert vk.ops.resample_pos_embed(mode.from_tensor(posemb), (6, 6)).shape == (1, 37, 24)
+    traced = torch.jit.trace(lambda p: vk.ops.resample_pos_embed(p, (6, 6)), posemb)
+    assert torch.equal(traced(posemb * 2), vk.ops.resample_pos_embed(posemb * 2, (6, 6)))
+    with torch.inference_mode():
+        assert torch.equal(vk.ops.resample_pos_embed(posemb, (6, 6)), plain)
 
 
 # Many sizes.

@@ -13,7 +13,8 @@ from vitkernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC, EMULATOR = ROOT / "csrc", ROOT / "tests" / "emulator"
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off")
+# -O0: compilers take a quarter of the time, which is most of these tests'.
+SANITIZED = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -39,13 +40,13 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """The real CPU kernel, compiled by g++ with both sanitizers, run on three threads; one of its three builds of the loops."""
-    sources = ("-DON_CPU", "-DVITKERNELS_PORTABLE", CSRC / "pos_embed_cpu.cpp", EMULATOR / "resample.cpp", "-lpthread")
+    """The real CPU kernel, compiled by g++ with both sanitizers, run on up to three threads."""
+    sources = ("-DON_CPU", CSRC / "pos_embed_cpu.cpp", EMULATOR / "resample.cpp", "-lpthread", "-ldl")
     return compiled(tmp_path_factory.mktemp("sanitized") / "resample", *SANITIZED, *sources)
 
 
-def run(program, forward, tensor, old_size, sizes, prefix, interpolation, antialias, align_corners, square, pad_to, order=0):
-    """The program's result for a table (forward) or for gradients of copies, (rows, D)."""
+def run(program, forward, tensor, old_size, sizes, prefix, interpolation, antialias, align_corners, square, pad_to, **settings):
+    """The program's result for a table (forward) or for gradients of copies, (rows, D). ``settings``: its environment."""
     targets = []
     for h, w in sizes:
         full = (max(h, w),) * 2 if square and (h, w) != old_size else (h, w)
@@ -54,13 +55,15 @@ def run(program, forward, tensor, old_size, sizes, prefix, interpolation, antial
     numbers += [interpolation == "bicubic", antialias, align_corners, len(sizes), *targets]
     data = struct.pack(f"<{len(numbers)}q", *map(int, numbers)) + tensor.contiguous().view(torch.uint8).numpy().tobytes()
     # Sanitizers stop the program; the leak checker cannot run in some containers, and the program's memory is in unique_ptrs.
-    environment = {"EMULATOR_ORDER": str(order), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {"ASAN_OPTIONS": "detect_leaks=0"} | {name.upper(): str(value) for name, value in settings.items()}
     result = subprocess.run([program], input=data, capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr.decode()
     return torch.frombuffer(bytearray(result.stdout), dtype=tensor.dtype).view(-1, tensor.shape[-1])
 
 
-def check(program, old_size, sizes, width, dtype=torch.float32, order=0, oracle_dtype=torch.float64, share=4e-6, **changes):
+def check(
+    program, old_size, sizes, width, dtype=torch.float32, settings=None, oracle_dtype=torch.float64, share=4e-6, **changes
+):
     """Forward and backward of one problem within ``share`` of the largest element of the reference."""
     options = {
         "prefix": 1,
@@ -76,13 +79,13 @@ def check(program, old_size, sizes, width, dtype=torch.float32, order=0, oracle_
     table = torch.randn(1, problem["prefix"] + old_size[0] * old_size[1], width).to(dtype)
     oracle = table.to(oracle_dtype).requires_grad_()
     expected = reference.resample_pos_embed_many(oracle, sizes, old_size, **keywords).reshape(-1, width)
-    got = run(program, True, table[0], old_size, sizes, order=order, **problem)
+    got = run(program, True, table[0], old_size, sizes, **problem, **(settings or {}))
     step = torch.finfo(dtype).eps if dtype != torch.float64 else 0.0
     atol = (share + step) * expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected.detach().double(), rtol=0, atol=atol)
     dcopies = torch.randn(expected.shape).to(dtype)
     (dtable,) = torch.autograd.grad(expected, oracle, dcopies.to(oracle_dtype))
-    got = run(program, False, dcopies, old_size, sizes, order=order, **problem)
+    got = run(program, False, dcopies, old_size, sizes, **problem, **(settings or {}))
     atol = (share + step) * dtable.abs().max().item()
     torch.testing.assert_close(got.double(), dtable[0].double(), rtol=0, atol=atol)
 
@@ -118,7 +121,7 @@ CASES = {
 @pytest.mark.parametrize("order", [0, 1, 7], ids=["forward", "reverse", "shuffled"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_cuda_source_is_right_in_every_order_of_threads(emulated, case, order):
-    check(emulated, order=order, **CASES[case])
+    check(emulated, settings={"emulator_order": order}, **CASES[case])
 
 
 @needs_gxx
@@ -139,18 +142,31 @@ def test_the_cuda_source_takes_the_largest_grids(emulated):
         check(emulated, (512, 3), [(7, 512)], 4, antialias=antialias, **oracle)
 
 
+every_loop = pytest.mark.parametrize("vector_bits", [0, 256, 512], ids=["portable", "AVX2", "AVX-512"])
+
+
 @needs_gxx
+@every_loop
 @pytest.mark.parametrize("case", CASES)
-def test_the_cpu_source_is_clean_under_the_sanitizers(sanitized, case):
-    check(sanitized, **CASES[case])
+def test_the_cpu_source_is_clean_under_the_sanitizers(sanitized, case, vector_bits):
+    check(sanitized, settings={"vector_bits": vector_bits}, **CASES[case])
 
 
 @needs_gxx
+@every_loop
 @pytest.mark.parametrize("width", [16, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_cpu_source_is_clean_in_every_dtype(sanitized, dtype, width):
-    check(sanitized, (4, 3), [(5, 6), (4, 3), (2, 2)], width, dtype, prefix=2)
-    check(sanitized, (4, 3), [(5, 6), (4, 3)], width, dtype, prefix=2, pad_to=9)
+def test_the_cpu_source_is_clean_in_every_dtype(sanitized, dtype, width, vector_bits):
+    settings = {"vector_bits": vector_bits}
+    check(sanitized, (4, 3), [(5, 6), (4, 3), (2, 2)], width, dtype, settings, prefix=2)
+    check(sanitized, (4, 3), [(5, 6), (4, 3)], width, dtype, settings, prefix=2, pad_to=9)
+
+
+@needs_gxx
+def test_the_cpu_source_is_clean_with_threads(sanitized):
+    """Where there is enough to do for them; without PyTorch's, of its own."""
+    check(sanitized, (16, 16), [(24, 24), (16, 16)], 1000)
+    check(sanitized, (8, 8), [(7, 9)] * 40, 130)
 
 
 @needs_gxx
@@ -166,11 +182,11 @@ def test_a_missing_barrier_shows_in_the_emulator(tmp_path, removed, kernel):
     at = barriers[removed]
     broken.write_text(source[:at] + source[at + len("__syncthreads();") :])
     sources = ("-DVITKERNELS_EMULATOR", "-x", "c++", broken, EMULATOR / "resample.cpp")
-    program = compiled(tmp_path / "resample", "-O1", "-ffp-contract=off", *sources)
+    program = compiled(tmp_path / "resample", "-O0", "-ffp-contract=off", *sources)
     failed = 0
     for order in (0, 1, 7):
         try:
-            check(program, order=order, **CASES["many"])
+            check(program, settings={"emulator_order": order}, **CASES["many"])
         except AssertionError:
             failed += 1
     assert failed

@@ -1,6 +1,7 @@
 // Runs one resampling: its numbers on stdin, the result on stdout. Linked with pos_embed_cuda.cu under the emulator, or with
 // -DON_CPU with pos_embed_cpu.cpp. Memory has its exact size and starts as NaN, for the sanitizers and the tests.
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -39,7 +40,8 @@ int main() {
     std::memset(out, 0xff, out_bytes);
     p.table = reinterpret_cast<std::uintptr_t>(table.get()), p.copies = reinterpret_cast<std::uintptr_t>(copies.get());
 #ifdef ON_CPU
-    (forward ? resample_forward_cpu : resample_backward_cpu)(p, 3);
+    const char* bits = std::getenv("VECTOR_BITS");
+    (forward ? resample_forward_cpu : resample_backward_cpu)(p, 3, bits ? std::atoi(bits) : 512);
 #else
     (forward ? resample_forward_cuda : resample_backward_cuda)(p, 0, 0);
 #endif

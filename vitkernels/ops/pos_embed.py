@@ -1,8 +1,9 @@
 """Resampling of position embeddings. Parts as in ``layer_norm.py``; the kernels are C++ and CUDA C++, in ``vitkernels._C``.
 
-The C++ kernel is 10 to 20 times as fast as ``F.interpolate`` on a CPU, so here ``auto`` takes it there too.
+The C++ kernel is 4 to 15 times as fast as ``F.interpolate`` on a CPU at D = 768, so here ``auto`` takes it there too.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,11 @@ def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _total_rows(sizes: Sequence[int], num_prefix_tokens: int, pad_to: int | None) -> int:
-    pairs = _pairs(sizes)
-    return len(pairs) * pad_to if pad_to is not None else sum(num_prefix_tokens + h * w for h, w in pairs)
+    if pad_to is not None:
+        return len(sizes) // 2 * pad_to
+    if len(sizes) == 2:
+        return num_prefix_tokens + sizes[0] * sizes[1]
+    return sum(num_prefix_tokens + h * w for h, w in _pairs(sizes))
 
 
 def _fwd_fake(
@@ -135,12 +139,6 @@ def _launch(
     """Call ``function`` of the extension, ``_cpu`` or ``_cuda``, on contiguous tensors."""
     if copies.numel() == 0:
         return
-    h, w = old_size
-    targets = []
-    for height, width in _pairs(sizes):
-        square = preserve_aspect_ratio and (height, width) != (h, w)
-        full = (max(height, width),) * 2 if square else (height, width)
-        targets.append((height, width, *full))
     if table.is_cuda:
         index = table.get_device()
         where = (index, torch._C._cuda_getCurrentRawStream(index))
@@ -152,15 +150,15 @@ def _launch(
         table.data_ptr(),
         copies.data_ptr(),
         _DTYPES[table.dtype],
-        h,
-        w,
+        *old_size,
         table.shape[-1],
         num_prefix_tokens,
         pad_to or 0,
         interpolation == "bicubic",
         antialias,
         align_corners,
-        targets,
+        preserve_aspect_ratio,
+        sizes,
         *where,
     )
 
@@ -250,7 +248,7 @@ def resample_pos_embed(
     if reference.unchanged(posemb, new_size, old_size, num_prefix_tokens):
         return posemb
     options = (interpolation, antialias, align_corners, False, None)
-    return _dispatch(op, posemb, (new_size,), old_size, num_prefix_tokens, *options)[None]
+    return _dispatch(op, posemb, (new_size,), old_size, num_prefix_tokens, *options).unsqueeze(0)
 
 
 def resample_pos_embed_many(
@@ -306,18 +304,39 @@ def _dispatch(op: str, posemb: Tensor, sizes: Sequence[tuple[int, int]], old_siz
     problem = (list(old_size), flat, num_prefix_tokens, *options)
     if torch.is_grad_enabled() and posemb.requires_grad:
         return _Resample.apply(posemb, *problem)
+    if _unwatched(posemb):
+        return launch_resample_pos_embed_fwd(posemb, *problem)
     return torch.ops.vitkernels.resample_pos_embed_fwd(posemb, *problem)
+
+
+def _unwatched(posemb: Tensor) -> bool:
+    """Whether the operator would do nothing but call its CPU kernel: then that is called, 6 us less for a small table.
+
+    Compilers, tracers, modes and profilers see operators, so for them there has to be one.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and posemb.is_cpu
+        and type(posemb) in (Tensor, torch.nn.Parameter)
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _check_table(op: str, posemb: Tensor, old_size: Any, num_prefix_tokens: int, interpolation: str) -> None:
     _check.tensor(op, "posemb", posemb)
-    _check.shape(op, "posemb", posemb, (1, "P + h*w", "D"))
-    _check.choice(op, "interpolation", interpolation, INTERPOLATIONS)
-    tokens = posemb.shape[1] - num_prefix_tokens
+    shape = posemb.shape
+    if len(shape) != 3 or shape[0] != 1:
+        _check.shape(op, "posemb", posemb, (1, "P + h*w", "D"))
+    if interpolation not in INTERPOLATIONS:
+        _check.choice(op, "interpolation", interpolation, INTERPOLATIONS)
+    tokens = shape[1] - num_prefix_tokens
     if num_prefix_tokens < 0 or tokens < 1:
-        raise ValueError(f"{op}: num_prefix_tokens must leave at least one of {posemb.shape[1]} rows, got {num_prefix_tokens}")
+        raise ValueError(f"{op}: num_prefix_tokens must leave at least one of {shape[1]} rows, got {num_prefix_tokens}")
     if old_size is None:
-        if reference.grid_of(posemb, None, num_prefix_tokens)[0] ** 2 != tokens:
+        if math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(f"{op}: old_size is needed, since {tokens} tokens are not a square grid")
     elif len(old_size) != 2 or min(old_size) < 1 or old_size[0] * old_size[1] != tokens:
         raise ValueError(f"{op}: old_size must be two positive integers with product {tokens}, got {tuple(old_size)}")
