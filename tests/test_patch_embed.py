@@ -218,13 +218,13 @@ def test_no_image_and_one_image(batch, plan):
 
 def test_weight_gradient_adds_up_any_number_of_partial_sums(monkeypatch):
     """As many splits as a large GPU runs, the last of them short."""
-    monkeypatch.setattr("vitkernels.kernels.patch_embed.multiprocessors", lambda device: 132)
+    monkeypatch.setattr("vitkernels.kernels.patch_embed_backward.multiprocessors", lambda device: 132)
     check(draw(5, 3, 96, 96, (8, 8), 32, 1, torch.bfloat16))
 
 
 @given(d=st.integers(1, 2**24), n=st.integers(0, 2**30 - 1))
 def test_division_by_multiplication_is_division(d, n):
-    from vitkernels.kernels.patch_embed import _magic
+    from vitkernels.kernels.patch_embed_backward import _magic
 
     for value in (n, n // d * d, max(n // d * d - 1, 0)):
         magic, shift = _magic(d)
@@ -247,7 +247,7 @@ def test_without_a_table_16_bit_takes_the_kernel_and_true_float32_cublas(monkeyp
     for dtype in (torch.bfloat16, torch.float32):
         under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, dtype))
     entry = {"plan": "cublas"}
-    monkeypatch.setattr(kernels._tuned, "lookup", lambda arch, stem, key: entry if key == "plain/32/768/64" else None)
+    monkeypatch.setattr("vitkernels.kernels._tuned.lookup", lambda arch, stem, key: entry if key == "fwd/32/768/64" else None)
     under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.bfloat16))
     if torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.is_available():
         assert launched == ["cublas"]  # of the table: TF32 has tensor cores

@@ -104,7 +104,7 @@ register(
     " bool need_dweight, bool need_dtokens, bool allow_tf32, str plan, str arch)"
     " -> (Tensor dimages, Tensor dweight, Tensor dtokens)",
     fake=_patch_embed_bwd_fake,
-    stem="patch_embed",
+    stem="patch_embed_backward",
     reference=_patch_embed_bwd_reference,
 )
 
