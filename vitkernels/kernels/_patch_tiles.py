@@ -202,7 +202,7 @@ def _config(
 
 
 def table_key(kind: str, pixel: torch.dtype, compute: torch.dtype, D: int, K: int, rows: int) -> str:
-    """Key in a tuned table of the kernel of this ``kind`` at pixels of this dtype: ``fwd``, ``dweight``, or ``dimages``, never tuned.
+    """Key in a tuned table of the kernel of this ``kind``, ``fwd`` or ``dweight`` (``dimages`` is never tuned).
 
     Pixels that are not in the dtype of the product pass through registers, which other tiles suit.
     """
