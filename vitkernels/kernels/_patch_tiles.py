@@ -153,7 +153,7 @@ def _geometry(images: Tensor, weight: Tensor) -> _Geometry:
     outer = (strides[0], 0 if channels_last else strides[1], strides[2])
     unit = math.gcd(16, *outer)
     outer = tuple(stride // unit for stride in outer)
-    column = channels if channels_last else max(strides[3], 1)
+    column = channels if channels_last else strides[3]
     return _Geometry(batch, channels, (p_h, p_w), (height // p_h, width // p_w), channels_last, outer, column, unit)
 
 
