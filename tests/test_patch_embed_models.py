@@ -121,7 +121,7 @@ def test_positions_are_resampled_for_another_size_and_get_their_gradient(stem_ke
 
 def test_an_image_that_does_not_divide_into_patches_names_both_sizes_and_what_pads():
     stock, fused = models(dynamic_img_size=True)
-    with pytest.raises(ValueError, match="images of 30x48 do not divide into patches of 8x8.*dynamic_img_pad"):
+    with pytest.raises(ValueError, match=r"images of 30x48 do not divide into patches of 8x8.*dynamic_img_pad"):
         fused(images(stock, size=(30, 48)))
     stock, fused = models(dynamic_img_size=True, dynamic_img_pad=True)
     x = images(stock, size=(30, 48))
