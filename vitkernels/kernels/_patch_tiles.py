@@ -177,14 +177,14 @@ def _gather(images: Tensor, geometry: _Geometry, mean: Tensor | None, std: Tenso
 def _config(
     kind: str, geometry: _Geometry, images: Tensor, weight: Tensor, allow_tf32: bool, plan: str, arch: str
 ) -> PatchConfig | None:
-    """The configuration of the kernel of this ``kind``; None for cuBLAS. It depends on shape and dtype alone."""
+    """The configuration of the kernel of this ``kind``; None for cuBLAS. It depends on shape and dtype alone.
+
+    Tables hold 16-bit products.
+    """
     D, K = weight.shape[0], geometry.depth
     float32 = weight.dtype == torch.float32
-    entry = (
-        None
-        if float32
-        else _tuned.lookup(arch, "patch_embed", table_key(kind, images.dtype, weight.dtype, D, K, geometry.rows))
-    )
+    key = table_key(kind, images.dtype, weight.dtype, D, K, geometry.rows)
+    entry = None if float32 else _tuned.lookup(arch, "patch_embed", key)
     if plan == "auto":
         plan = ("triton" if allow_tf32 or not float32 else "cublas") if entry is None else entry["plan"]
     if plan == "cublas":

@@ -61,14 +61,15 @@ def _problem(kind: str, pixel: torch.dtype, batch: int, grid: int, shape: Shape,
     mean, std = (draw(_CHANNELS, scale=0.1).float().add(0.5) for _ in range(2)) if pixel == torch.uint8 else (None, None)
     weight, bias = draw(D, _CHANNELS, patch, patch, scale=K**-0.5), draw(D)
     prefix, positions = draw(1, num_prefix, D) if num_prefix else None, draw(1, shape.tokens, D)
-    dout, settings = draw(batch, shape.tokens, D), (False, "auto", arch)
+    dout = draw(batch, shape.tokens, D).to(torch.float32 if pixel == torch.float32 else weight.dtype)  # of autocast's stream
+    settings = (False, "auto", arch)
 
     def patches(dtype: torch.dtype) -> Tensor:
         x = images
         if mean is not None:
             compute = torch.promote_types(torch.float32, dtype)
             x = (x.to(compute) / 255 - mean.to(compute).view(-1, 1, 1)) / std.to(compute).view(-1, 1, 1)
-        # As autocast does, whatever the dtype of the sums: pixels are rounded before they are multiplied.
+        # Float pixels are rounded before they are multiplied, as autocast does: that is no error. Normalised ones are judged.
         x = x.to(dtype) if mean is not None else x.bfloat16().to(dtype)
         x = x.unflatten(3, (grid, patch)).unflatten(2, (grid, patch)).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(batch * grid**2, K)
