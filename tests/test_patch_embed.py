@@ -3,10 +3,11 @@
 A call that names no plan follows the tuned table; ``kernel`` below is the fused GEMM, ``cublas`` the other plan.
 """
 
+import numpy as np
 import pytest
 import timm
 import torch
-from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, outputs_and_gradients
+from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, assert_within_budget, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_sample_image
@@ -171,6 +172,7 @@ STRIDED = {
     "transposed": lambda: torch.randn(2, 3, 48, 32).transpose(2, 3),
     "one image for all": lambda: torch.randn(1, 3, 32, 48).expand(2, -1, -1, -1),
     "one channel for all": lambda: torch.randn(2, 1, 32, 48).expand(-1, 3, -1, -1),
+    "one column for all": lambda: torch.randn(2, 3, 32, 1).expand(-1, -1, -1, 48),
 }
 
 
@@ -191,6 +193,17 @@ def test_a_batch_of_hwc_images_is_read_without_a_copy():
     assert images.is_contiguous(memory_format=LAST)
     got = under("triton")(images, *inputs[1:])
     torch.testing.assert_close(got, by_pytorch()(images, *inputs[1:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="lends its pixels from memory that is reserved and never touched")
+def test_pixels_beyond_2_to_the_31_are_found():
+    """Images that lie 2^31 bytes apart, and lines of which the last lies that far from the first."""
+    inputs = draw(2, 1, 16, 16, (8, 8), 16, 1, torch.bfloat16, pixel=torch.uint8)
+    memory = torch.from_numpy(np.zeros(2**32, np.uint8))  # pages appear when written
+    for strides in ((2**31, 256, 16, 1), (16, 32, 2**28, 1)):
+        images = memory.as_strided((2, 1, 16, 16), strides)
+        images.copy_(inputs[0])
+        assert torch.equal(under("triton")(images, *inputs[1:]), under("triton")(*inputs))
 
 
 def test_uint8_pixels_are_normalised_to_the_last_bits_of_float32():
@@ -218,13 +231,13 @@ def test_no_image_and_one_image(batch, plan):
 
 def test_weight_gradient_adds_up_any_number_of_partial_sums(monkeypatch):
     """As many splits as a large GPU runs, the last of them short."""
-    monkeypatch.setattr("vitkernels.kernels.patch_embed.multiprocessors", lambda device: 132)
+    monkeypatch.setattr("vitkernels.kernels.patch_embed_backward.multiprocessors", lambda device: 132)
     check(draw(5, 3, 96, 96, (8, 8), 32, 1, torch.bfloat16))
 
 
 @given(d=st.integers(1, 2**24), n=st.integers(0, 2**30 - 1))
 def test_division_by_multiplication_is_division(d, n):
-    from vitkernels.kernels.patch_embed import _magic
+    from vitkernels.kernels.patch_embed_backward import _magic
 
     for value in (n, n // d * d, max(n // d * d - 1, 0)):
         magic, shift = _magic(d)
@@ -247,7 +260,7 @@ def test_without_a_table_16_bit_takes_the_kernel_and_true_float32_cublas(monkeyp
     for dtype in (torch.bfloat16, torch.float32):
         under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, dtype))
     entry = {"plan": "cublas"}
-    monkeypatch.setattr(kernels._tuned, "lookup", lambda arch, stem, key: entry if key == "plain/32/768/64" else None)
+    monkeypatch.setattr("vitkernels.kernels._tuned.lookup", lambda arch, stem, key: entry if key == "fwd/32/768/64" else None)
     under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.bfloat16))
     if torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.is_available():
         assert launched == ["cublas"]  # of the table: TF32 has tensor cores
@@ -299,6 +312,33 @@ def test_only_what_is_asked_for_gets_a_gradient():
     torch.testing.assert_close(positions.grad, torch.full((1, 7, 48), 2.0))
 
 
+def test_gradients_under_autocast_are_within_budget():
+    """float32 pixels, weights and stream; products in bfloat16."""
+    inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.float32)[:5]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = []
+    for function, autocast, dtype in (
+        (under("triton"), True, None),
+        (by_pytorch(), True, None),
+        (by_pytorch(), False, torch.double),
+    ):
+        leaves = [t.to(dtype or t.dtype) for t in inputs]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            results.append(outputs_and_gradients(lambda *a, f=function: f(*a, None, None), leaves, [torch.ones(2, 7, 64)]))
+    kernel, eager, oracle = results
+    for name, value in kernel.items():
+        assert value.dtype == torch.float32
+        assert_within_budget(name, value, eager[name], oracle[name])
+
+
+def test_a_kernel_runs_under_gradient_checkpointing():
+    inputs, cotangent = draw(2, 3, 32, 48, (16, 16), 48, 1, torch.bfloat16)[:5], torch.randn(2, 7, 48)
+    call = lambda *a: under("triton")(*a, None, None)  # noqa: E731
+    checkpointed = lambda *a: torch.utils.checkpoint.checkpoint(call, *a, use_reentrant=False)  # noqa: E731
+    want, got = (outputs_and_gradients(f, inputs, [cotangent]) for f in (call, checkpointed))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 def test_double_backward_raises():
     images, weight, bias, prefix, positions, _, _ = draw(1, 3, 16, 16, (16, 16), 16, 1, torch.float32)
     out = under("triton")(images, weight.requires_grad_(), bias, prefix, positions, None, None)
@@ -328,6 +368,7 @@ def test_why_not_names_what_the_kernel_does_not_take(no_interpreter):
         assert "TRITON_INTERPRET=1" in " ".join(why_not(torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 4, 4)))
     assert "float64" in " ".join(why_not(images, weight.double()))
     assert "no elements" in " ".join(why_not(images, weight[:0]))
+    assert "more than 1073741824 patches" in " ".join(why_not(images.expand(2**30 + 1, -1, -1, -1), weight))
     assert "different devices" in " ".join(why_not(images, weight.to("meta")))
 
 

@@ -4,26 +4,60 @@ import json
 import re
 
 import pytest
-from test_inspect import ROOT, inspect
+from test_inspect import ROOT, compiling, inspect
 
 pytest.importorskip("triton")
-KERNELS = {"_patch_embed_fwd_kernel", "_patch_embed_dweight_kernel", "_patch_embed_dimages_kernel"}
+STEMS = {
+    "patch_embed": {"_patch_embed_fwd_kernel"},
+    "patch_embed_backward": {"_patch_embed_dweight_kernel", "_patch_embed_dimages_kernel"},
+}
+# B/16 on Hopper: bfloat16 pixels, and those that pass through registers in the layout of a decoder.
+SCRIPT = """
+import json, sys
+from vitkernels.cli._workloads import WORKLOADS
+from vitkernels.cli.inspect import _row
+from vitkernels.kernels import _aot, patch_embed, patch_embed_backward
+
+(shape,) = (workload for workload in WORKLOADS if workload.name == "B/16")
+rows = []
+for kind in ("bf16", "uint8 channels_last"):
+    with _aot.dry_run(90) as compiled:
+        patch_embed._aot(shape, kind, 128)
+        patch_embed_backward._aot(shape, kind, 128)
+    rows += [_row("patch_embed", [f"D=768 {kind}"], _aot.read(kernel, 90)) for kernel in compiled]
+json.dump(rows, sys.stdout)
+"""
+
+
+def assert_sound(row):
+    assert row["spill_bytes"] == row["spill_load_bytes"] == row["stack_bytes"] == 0, row
+    assert row["local_loads"] == row["local_stores"] == 0, row
+    assert row["shared_bytes"] <= row["shared_limit"], row
+    assert row["mma"][{90: "HGMMA", 100: "tcgen05"}.get(row["arch"], "HMMA")] > 0, row
+    if row["kernel"] == "_patch_embed_fwd_kernel" and re.match("D=768 (p=16 .*)?bf16", row["config"]):
+        assert row["wide_global"] >= 0.8 * row["global_accesses"], row  # an alignment that was lost would show here
+
+
+def test_vit_b_compiles_for_hopper_without_a_spill_and_multiplies_with_hgmma(tmp_path):
+    script = tmp_path / "aot.py"
+    script.write_text(SCRIPT)
+    result = compiling(str(script), cache=tmp_path / "triton")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    forward, dweight, dimages = "_patch_embed_fwd_kernel", "_patch_embed_dweight_kernel", "_patch_embed_dimages_kernel"
+    assert [row["kernel"] for row in rows] == [forward, dimages, dweight, forward, dweight]
+    for row in rows:
+        assert_sound(row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_every_kernel_compiles_without_a_spill_and_uses_tensor_cores(arch, tmp_path):
-    """B/16: whole blocks of K; So400m/14: a tail, and pixels four bytes at a time."""
-    names = "B/16,So400m/14"
-    result = inspect(
-        "patch_embed", "--arch", str(arch), "--workload", names, "--fail-on", "spills,smem,no-mma", "--json", cache=tmp_path
-    )
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_workload_compiles_without_a_spill_and_uses_tensor_cores(stem, arch, tmp_path):
+    result = inspect(stem, "--arch", str(arch), "--fail-on", "spills,smem,no-mma", "--json", cache=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["rows"]
-    assert set(re.findall(r"def (_\w+_kernel)\(", (ROOT / "vitkernels/kernels/patch_embed.py").read_text())) == KERNELS
-    assert {row["kernel"] for row in rows} == KERNELS
+    source = (ROOT / f"vitkernels/kernels/{stem}.py").read_text()
+    assert {row["kernel"] for row in rows} == set(re.findall(r"def (_\w+_kernel)\(", source)) == STEMS[stem]
     for row in rows:
-        assert row["stack_bytes"] == row["local_loads"] == row["local_stores"] == 0, row
-        assert row["mma"]["HGMMA" if arch == 90 else "tcgen05" if arch == 100 else "HMMA"] > 0, row
-        if row["kernel"] == "_patch_embed_fwd_kernel" and any("p=16 224 bf16" in config for config in row["configs"]):
-            assert row["wide_global"] >= 0.8 * row["global_accesses"], row  # an alignment that was lost would show here
+        assert_sound(row)

@@ -13,8 +13,10 @@ import torch
 from helpers import assert_within_budget
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from test_vit_pytorch import vit_pytorch_forward, vit_pytorch_weights
 from timm.data import create_transform, resolve_data_config
 from timm.layers import LayerNorm, PatchEmbed
+from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import VisionTransformer as Stock
 from torch import nn
 
@@ -22,7 +24,7 @@ import vitkernels as vk
 from vitkernels import _select
 from vitkernels.cli import _ledger
 from vitkernels.cli._chips import CHIPS
-from vitkernels.models import FusedPatchEmbed, FusedVisionTransformer
+from vitkernels.models import FusedPatchEmbed, FusedVisionTransformer, load_vit_pytorch
 from vitkernels.models.patch_embed import linear_as_convolution
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -117,6 +119,15 @@ def test_positions_are_resampled_for_another_size_and_get_their_gradient(stem_ke
     torch.testing.assert_close(fused.pos_embed.grad, stock.pos_embed.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_an_image_that_does_not_divide_into_patches_names_both_sizes_and_what_pads():
+    stock, fused = models(dynamic_img_size=True)
+    with pytest.raises(ValueError, match=r"images of 30x48 do not divide into patches of 8x8.*dynamic_img_pad"):
+        fused(images(stock, size=(30, 48)))
+    stock, fused = models(dynamic_img_size=True, dynamic_img_pad=True)
+    x = images(stock, size=(30, 48))
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
+
+
 def test_position_and_patch_dropout_draw_as_timm_does():
     stock, fused = models(pos_drop_rate=0.3, patch_drop_rate=0.5)
     x = images(stock)
@@ -206,7 +217,8 @@ def test_a_hook_on_the_patch_embedding_sees_timms_output():
 def test_a_patched_class_takes_effect(monkeypatch):
     stock, fused = models()
     monkeypatch.setattr(Stock, "_pos_embed", lambda self, x: torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
-    torch.testing.assert_close(fused(images(stock, size=None)).shape, stock(images(stock)).shape)
+    x = images(stock)
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
     assert "_pos_embed was replaced" in fused.why_not_merged()
 
 
@@ -216,6 +228,14 @@ def test_other_models_keep_their_own_positions_and_explain_says_whose():
     (row,) = (m for m in vk.explain(model).modules if m.name == "patch_embed")
     assert row.fused
     assert "VisionTransformerDistilled has its own" in row.state
+
+
+def test_a_hybrid_stem_keeps_timms_path_and_explain_names_it():
+    fused = vk.fuse(timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1, num_classes=3))
+    assert fused.why_not_merged() == ["patch_embed is a HybridEmbed"]
+    (row,) = (m for m in vk.explain(fused).modules if m.name == "patch_embed")
+    assert not row.fused
+    assert "HybridEmbed" in row.state
 
 
 def test_unfuse_gives_timms_class_and_bits_back():
@@ -228,6 +248,14 @@ def test_unfuse_gives_timms_class_and_bits_back():
 
 
 # uint8.
+
+
+def patch_norm(model):
+    model.patch_embed.norm = LayerNorm(64)
+
+
+def padding(model):
+    model.patch_embed.dynamic_img_pad = True
 
 
 def with_statistics(**arguments):
@@ -268,8 +296,8 @@ def test_photographs_as_uint8_give_the_logits_of_timms_transforms(name, stem_ker
 
 def test_uint8_works_where_the_fallback_runs_and_float_images_mean_what_they_meant():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    changes = (lambda m: None, lambda m: m.patch_embed.proj.register_forward_hook(hook), own_forward, wrapped_convolution)
-    for change in changes:
+    hooked = lambda m: m.patch_embed.proj.register_forward_hook(hook)  # noqa: E731
+    for change in (lambda m: None, hooked, own_forward, wrapped_convolution, patch_norm, padding):
         stock, fused = with_statistics()
         change(stock)
         change(fused)
@@ -303,6 +331,15 @@ def test_uint8_trains_the_weights(stem_kernel):
         torch.testing.assert_close(fused.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_explain_says_who_takes_uint8():
+    _, fused = with_statistics()
+    state = lambda model: next(m for m in vk.explain(model).modules if m.name == "patch_embed").state  # noqa: E731
+    assert state(fused) == "fused; uint8 images too"
+    own_forward(fused)
+    assert state(fused) == "fused; uint8 images too; positions in timm's own step: patch_embed overrides forward"
+    assert state(vk.fuse(fused)).startswith("fused; positions")
+
+
 def test_unfuse_or_another_fuse_takes_uint8_back():
     for undo in (vk.unfuse, vk.fuse):
         _, fused = with_statistics()
@@ -321,6 +358,11 @@ def test_unfuse_or_another_fuse_takes_uint8_back():
             lambda: timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1),
             {"input": "uint8"},
             r"mean and std of the 1 channels of patch_embed .*got mean=\(0.5",
+        ),
+        (
+            lambda: timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1),
+            {"input": "uint8"},
+            "needs a timm PatchEmbed with a convolution",
         ),
         (
             lambda: nn.Sequential(*models()[0].blocks),
@@ -351,6 +393,28 @@ def test_a_linear_patchifier_is_a_convolution_by_permutation(stem_kernel):
     mine, linear.weight.grad = linear.weight.grad, None
     linear(patches).square().sum().backward()
     torch.testing.assert_close(mine, linear.weight.grad, atol=1e-3, rtol=1e-4)
+
+
+def test_naflex_embeddings_with_a_linear_projection_are_one_operator(stem_kernel):
+    """timm's NaFlexVit on whole images: patches copied, projected, positions added to the patches alone, tokens before them."""
+    embeds = NaFlexEmbeds(8, embed_dim=48, proj_type="linear", reg_tokens=2, pos_embed_grid_size=(3, 5))
+    x, prefix = torch.randn(2, 3, 24, 40), torch.cat([embeds.cls_token, embeds.reg_token], dim=1)
+    expected, _ = embeds(x)
+    weight = linear_as_convolution(embeds.proj.weight, embeds.patch_size)
+    positions = embeds.pos_embed.flatten(1, 2)
+    got = vk.ops.patch_embed(x, weight, embeds.proj.bias, prefix_tokens=prefix, pos_embed=positions, pos_embed_prefix=False)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    leaves, dout = list(embeds.parameters()), torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, dout) for out in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert stem_kernel == ["patch_embed"]
+
+
+def test_weights_of_vit_pytorchs_linear_run_through_the_kernel(stem_kernel):
+    weights = vit_pytorch_weights("0.x")
+    model, x = load_vit_pytorch(weights, num_heads=2).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), vit_pytorch_forward(weights, x, 2), atol=2e-5, rtol=2e-5)
+    assert stem_kernel.count("patch_embed") == 1
 
 
 def test_a_linear_patchifier_has_whole_patches():

@@ -27,6 +27,7 @@ STEMS = {
     "linear": test_linear,
     "linear_bwd": test_linear,
     "patch_embed": test_patch_embed,
+    "patch_embed_backward": test_patch_embed,
     "pos_embed": test_pos_embed,
 }
 

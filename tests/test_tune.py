@@ -341,12 +341,21 @@ def test_a_models_gemms_are_its_cases():
         "plain/192/64/256",
         "norm_act/192/64/256",
         "norm/192/64/256",
+        "fwd/64/768/256",
+        "fwd_uint8/64/768/256",
+        "fwd_cast/64/768/256",
+        "dweight/64/768/256",
+        "dweight_uint8/64/768/256",
+        "dweight_cast/64/768/256",
     ]
-    assert {case.rows for case in cases} == {2 * 101}
+    assert {case.rows for case in cases if case.stem == "linear"} == {2 * 101}
+    assert {case.rows for case in cases if case.stem == "patch_embed"} == {2 * 100}
 
 
 def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_first():
-    cases = tune._cases([], None, "sm_90")
+    every = tune._cases([], None, "sm_90")
+    assert len({(case.stem, case.key) for case in every}) == len(every)
+    cases = [case for case in every if case.stem == "linear"]
     keys = [case.key for case in cases]
     assert len(set(keys)) == len(keys)
     assert keys[0].startswith("act/")
@@ -376,8 +385,8 @@ def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, mon
     """Every candidate for Hopper runs in the interpreter and passes its gate."""
     from vitkernels.kernels import _recorder, linear
 
-    monkeypatch.setattr(tune, "_makers", MAKERS)
     clock.milliseconds = {"256": 0.5}
+    monkeypatch.setattr(tune, "_makers", lambda: {"linear": MAKERS()["linear"]})
     document = tuned(capsys, "test_vit", "--batch-sizes", "1")
     assert len(document["rows"]) == 6
     for row in document["rows"]:
@@ -392,17 +401,51 @@ def test_linear_is_tuned_for_a_model_and_its_launcher_follows(clock, capsys, mon
     assert found == ["_linear_descriptor_kernel"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels take CPU tensors")
+def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, capsys, monkeypatch):
+    """Forward and weight gradient from pixels of each form: every candidate runs in the interpreter and passes its gate."""
+    from vitkernels.kernels import _recorder, patch_embed, patch_embed_backward
+
+    blocks = []
+    monkeypatch.setattr(tune, "_makers", lambda: {"patch_embed": MAKERS()["patch_embed"]})
+    clock.milliseconds = {"256": 0.5}
+    document = tuned(capsys, "test_vit", "--batch-sizes", "1")
+    assert [row["key"].partition("/")[0] for row in document["rows"]] == [
+        f"{kind}{form}" for kind in ("fwd", "dweight") for form in ("", "_uint8", "_cast")
+    ]
+    for row in document["rows"]:
+        assert row["refused"] == row["broken"] == {}
+        assert (row["baseline"], row["chosen"]) == ("default", "128x256x64 w8 s3")
+        assert "cublas" in row["us"]
+    images = torch.empty(1, 3, 160, 160, dtype=torch.bfloat16, device="meta")
+    weight, dout = images.new_empty(64, 3, 16, 16), images.new_empty(1, 100, 64)
+    launched = _recorder._Recorded._launch
+    monkeypatch.setattr(_recorder._Recorded, "_launch", lambda *a, **k: blocks.append(k["BLOCK_N"]) or launched(*a, **k))
+    settings = (False, "auto", "sm_90")
+    with _recorder.recording(lambda *_: None):
+        patch_embed.launch_patch_embed_fwd(images, weight, None, None, None, True, None, None, dout.dtype, *settings)
+        patch_embed_backward.launch_patch_embed_bwd(dout, images, weight, None, None, False, True, False, *settings)
+    assert blocks == [256, 256]
+
+
+def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypatch):
+    monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, patch=0, image=160))
+    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"linear"}
+
+
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
     path = tmp_path / "table.json"
     document = tuned(capsys, "test_vit", "--output", str(path))
-    assert len(document["rows"]) == 6
+    assert [row["stem"] for row in document["rows"]] == ["linear"] * 6 + ["patch_embed"] * 6
     for row in document["rows"]:
         assert row["refused"] == {}
         assert all(us > 0 for us in row["us"].values())
-    assert sum(map(len, json.loads(path.read_text())["linear"].values())) > 0
-    assert tuned(capsys, "test_vit", "--output", str(path))["kept"] == 6
+    table = json.loads(path.read_text())
+    assert sum(map(len, table["linear"].values())) > 0
+    assert sum(map(len, table["patch_embed"].values())) > 0
+    assert tuned(capsys, "test_vit", "--output", str(path))["kept"] == 12
 
 
 COMPILING = """

@@ -23,6 +23,7 @@ class ModuleReport:
     Attributes:
         reasons: why it is not fused.
         apart: of a fused patch embedding, why prefix tokens and positions are added by timm in steps of their own.
+        takes_uint8: of a patch embedding, if it takes pixels of 0 to 255 too (``fuse(model, input="uint8")``).
     """
 
     name: str
@@ -30,13 +31,15 @@ class ModuleReport:
     fused: bool
     reasons: tuple[str, ...]
     apart: tuple[str, ...] = ()
+    takes_uint8: bool = False
 
     @property
     def state(self) -> str:
         """``fused``, or why not, or what of it is not."""
+        pixels = "; uint8 images too" if self.takes_uint8 else ""
         if not self.fused:
-            return "; ".join(self.reasons)
-        return "fused" + "".join(f"; positions in timm's own step: {reason}" for reason in self.apart)
+            return "; ".join(self.reasons) + pixels
+        return "fused" + pixels + "".join(f"; positions in timm's own step: {reason}" for reason in self.apart)
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,17 @@ def explain(model: nn.Module) -> FusionReport:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     _check_module(model)
+    from .models import takes_uint8
+
     reports = tuple(
-        ModuleReport(name or "(model)", type(module).__name__, not reasons, tuple(reasons), tuple(_apart(model, name, module)))
+        ModuleReport(
+            name or "(model)",
+            type(module).__name__,
+            not reasons,
+            tuple(reasons),
+            tuple(_apart(model, name, module)),
+            takes_uint8(module),
+        )
         for name, module in model.named_modules()
         if (reasons := _reasons(name, module)) is not None
     )

@@ -36,8 +36,8 @@ _HOLD_CYCLES = 2_000_000  # about 1 ms: the queue waits while the host launches,
 _DESCRIPTION = """
 Measure, for each operator that has a choice, every candidate at the shapes of the models, in bfloat16: first its result at that
 very shape, within the error budget beside PyTorch's, then its time, in interleaved rounds. What was faster than the plan
-without an entry (cuBLAS, then an elementwise pass) in nine of ten rounds is written into the table, after each case. Started
-again, the command measures what the table lacks.
+without an entry (of a linear layer: cuBLAS, then an elementwise pass) in nine of ten rounds is written into the table, after
+each case. Started again, the command measures what the table lacks.
 """
 
 Sampler = Callable[[Callable[[], object]], float]  # seconds of one call
@@ -182,11 +182,13 @@ class _ModelShape:
     width: int
     num_heads: int
     hidden: int
+    patch: int
+    image: int
 
 
 def _shape(name: str) -> Shape:
-    """Of a model's blocks, which are alike in every ViT that can be fused."""
-    from ..models import FusedBlock
+    """Of a model's blocks, which are alike in every ViT that can be fused, and of its patch embedding."""
+    from ..models import FusedBlock, FusedPatchEmbed
     from . import roofline
 
     model = _models.fuse(roofline._on_meta(name), name)
@@ -194,7 +196,10 @@ def _shape(name: str) -> Shape:
     (arguments, _), _ = roofline._block_arguments(model, images, name)
     block = next(module for module in model.modules() if isinstance(module, FusedBlock))
     _, tokens, width = arguments[0].shape
-    return _ModelShape(tokens, width, block.attn.num_heads, block.mlp.fc1.weight.shape[0])
+    stem = next((module for module in model.modules() if isinstance(module, FusedPatchEmbed)), None)
+    patches = {0} if stem is None else set(stem.patch_size)
+    patch, image = (patches.pop() if len(patches) == 1 else 0), model.default_cfg["input_size"][-1]
+    return _ModelShape(tokens, width, block.attn.num_heads, block.mlp.fc1.weight.shape[0], patch, image)
 
 
 # How.

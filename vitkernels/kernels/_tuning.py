@@ -19,6 +19,8 @@ class Shape(Protocol):
     width: int
     num_heads: int
     hidden: int
+    patch: int  # 0: no patch embedding of ours, or no square patches
+    image: int
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock
 from .naflexvit import FusedNaFlexEmbeds
-from .patch_embed import FusedPatchEmbed, FusedVisionTransformer, clear_pixel_statistics, set_pixel_statistics
+from .patch_embed import FusedPatchEmbed, FusedVisionTransformer, clear_pixel_statistics, set_pixel_statistics, takes_uint8
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from .vit_pytorch import load_vit_pytorch
 
@@ -22,6 +22,7 @@ __all__ = [
     "set_inference",
     "set_pixel_statistics",
     "set_recompute_mlp",
+    "takes_uint8",
     "unfuse_classes",
     "vit_base",
     "vit_huge",

@@ -99,9 +99,14 @@ def set_pixel_statistics(stem: FusedPatchEmbed, mean: Sequence[float], std: Sequ
     stem.register_buffer(_STATISTICS, statistics.view(torch.int32), persistent=False)
 
 
+def takes_uint8(module: nn.Module) -> bool:
+    """Has ``set_pixel_statistics`` been here?"""
+    return _STATISTICS in module._buffers
+
+
 def clear_pixel_statistics(module: nn.Module) -> None:
     """The reverse. Harmless on a module that has none."""
-    if _STATISTICS in module._buffers:
+    if takes_uint8(module):
         delattr(module, _STATISTICS)
         module._non_persistent_buffers_set.discard(_STATISTICS)
 

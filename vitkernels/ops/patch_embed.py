@@ -17,6 +17,7 @@ from .layer_norm import KERNEL_DTYPES
 
 
 PLANS = ("cublas", "triton")  # "auto": what the tuned table says
+MAX_PATCHES = 2**30  # of a batch: what the kernels number with 32 bits. Offsets have 64.
 
 # 1. Registration. Bytes as in kernels/patch_embed.py. dtokens is the sum of dout over the batch, (P + Gh*Gw, D): what the
 # gradients of prefix tokens, positions and bias are made of.
@@ -104,7 +105,7 @@ register(
     " bool need_dweight, bool need_dtokens, bool allow_tf32, str plan, str arch)"
     " -> (Tensor dimages, Tensor dweight, Tensor dtokens)",
     fake=_patch_embed_bwd_fake,
-    stem="patch_embed",
+    stem="patch_embed_backward",
     reference=_patch_embed_bwd_reference,
 )
 
@@ -121,6 +122,8 @@ def why_not(images: Tensor, weight: Tensor, *others: Tensor | None) -> list[str]
         reasons.append(f"the patch_embed kernel takes float32, float16, bfloat16 and uint8, got {', '.join(unsupported)}")
     if 0 in weight.shape:
         reasons.append(f"a weight of shape {tuple(weight.shape)} has no elements")
+    elif images.shape[0] * _num_patches(images, weight) > MAX_PATCHES:
+        reasons.append(f"a batch of more than {MAX_PATCHES} patches")
     return reasons
 
 
