@@ -159,7 +159,7 @@ def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
     dropped = torch.tensor([0.0, 2.0], dtype=torch.float64, device="cpu").view(2, 1, 1)
     for act, recompute, gamma in itertools.product(ACTIVATIONS, [False, True], [None, rest[6]]):
         settings = (1e-5, act, recompute, torch.float64, True, False, "auto", "")
-        assert torch.autograd.gradcheck(lambda *a, settings=settings: _Mlp.apply(*a, dropped, *settings), (x, *rest[:6], gamma))
+        assert torch.autograd.gradcheck(lambda *a, settings=settings: _Mlp.apply(*a, dropped, None, *settings), (x, *rest[:6], gamma))
 
 
 def test_each_input_alone_can_be_trained():
