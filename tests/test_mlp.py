@@ -334,7 +334,7 @@ def opcheck_arguments():
             (x, None, *norm, *layers, "gelu", scale, dropped, f32, True, False, "triton", "sm_80"),
             (x.bfloat16(), norm_bias.bfloat16(), *norm, *narrow, "gelu", None, None, bf16, True, False, "cublas", "sm_90"),
             (x.bfloat16(), norm_bias.bfloat16(), *norm, *narrow, None, None, None, bf16, False, False, "triton", "sm_80"),
-            (x, None, *norm, *narrow, None, None, None, f32, True, False, "auto", ""),
+            (x, None, *norm, *layers, None, None, None, f32, True, False, "auto", ""),
         ]
     }
 

@@ -62,7 +62,7 @@ def launch_mlp_fwd(
     u, z = linear.launch_linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, h.dtype, preact, *gemm)
     del h
     if owed is not None:
-        fc2_bias = owed if fc2_bias is None else owed.float() + fc2_bias.float()
+        fc2_bias = owed if fc2_bias is None else owed + fc2_bias
     y, _ = linear.launch_linear_fwd(u, fc2_weight, fc2_bias, None, layer_scale, drop_path, x, out_dtype, "none", *gemm)
     return y, mean, rstd, u if keep and act is None else z
 
