@@ -167,7 +167,11 @@ def opcheck_arguments():
     dy, dstream, layer_scale = torch.randn(4, 48), torch.randn(4, 48), torch.randn(48)
     f32 = torch.float32
     return {
-        "layer_norm_fwd": [(x, weight, bias, 1e-6, f32), (x[1:].bfloat16(), None, None, 1e-6, f32)],
+        "layer_norm_fwd": [
+            (x, weight, bias, 1e-6, f32),
+            (x[1:].bfloat16(), None, None, 1e-6, f32),
+            (x.bfloat16(), weight, bias, 1e-6, torch.bfloat16, 3 * bias),
+        ],
         "layer_norm_bwd": [
             (dy, x, weight, bias, mean, rstd, True, True),
             (dy, x, None, None, mean, rstd, False, False),
@@ -180,6 +184,7 @@ def opcheck_arguments():
             (dy, dstream, x, x + 1, weight, bias, layer_scale, mean, rstd, f32, f32, True, True),
             (dy, dstream, x, None, weight, None, None, mean, rstd, torch.bfloat16, f32, True, False),
             (dy, dstream, x, None, None, None, None, mean, rstd, f32, f32, False, False),
+            (dy, dstream, x - 3 * bias, None, weight, bias, None, mean, rstd, f32, f32, True, True, 3 * bias),
         ],
     }
 

@@ -82,7 +82,7 @@ def test_elementwise_kernels_access_128_bits_at_a_time(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["linear", "linear_bwd"])
+@pytest.mark.parametrize("stem", ["linear", "linear_bwd", "folded_linear", "mlp"])
 def test_every_workload_on_every_architecture(stem, tmp_path):
     result = inspect(stem, "--arch", "80,86,89,90,100,120", "--fail-on", "spills,smem,no-mma", "--json", cache=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -8,12 +8,14 @@ import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear import ACTIVATIONS, VARIANTS, drop_path, running, saved_elements
+from test_linear import ACTIVATIONS, VARIANTS, drop_path, running, saved_elements, user_table  # noqa: F401  a fixture
 from timm.layers import LayerScale, Mlp
 from torch import nn
 
 import vitkernels as vk
-from vitkernels.ops.mlp import why_not
+from vitkernels.kernels import _tuned
+from vitkernels.kernels import linear as linear_kernels
+from vitkernels.ops.mlp import projected_mlp, why_not
 
 pytestmark = KERNEL_TESTS
 
@@ -159,7 +161,9 @@ def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter):
     dropped = torch.tensor([0.0, 2.0], dtype=torch.float64, device="cpu").view(2, 1, 1)
     for act, recompute, gamma in itertools.product(ACTIVATIONS, [False, True], [None, rest[6]]):
         settings = (1e-5, act, recompute, torch.float64, True, False, "auto", "")
-        assert torch.autograd.gradcheck(lambda *a, settings=settings: _Mlp.apply(*a, dropped, *settings), (x, *rest[:6], gamma))
+        assert torch.autograd.gradcheck(
+            lambda *a, settings=settings: _Mlp.apply(*a, dropped, None, *settings), (x, *rest[:6], gamma)
+        )
 
 
 def test_each_input_alone_can_be_trained():
@@ -183,6 +187,156 @@ def test_a_kernel_runs_under_compile_fullgraph_with_dynamic_shapes(recompute):
             inputs, dy = [torch.randn(2, rows, 16)], [torch.ones(2, rows, 16)]
             want, got = outputs_and_gradients(function, inputs, dy), outputs_and_gradients(compiled, inputs, dy)
             assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+# Plan cublas: biases of fc2, and of the projection before, in fc2's product.
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many biases each product of fc2 took along."""
+    from vitkernels.kernels import mlp as kernels
+
+    found, original = [], kernels._add_product
+
+    def add_product(x, u, weight, biases):
+        found.append(len(biases))
+        return original(x, u, weight, biases)
+
+    monkeypatch.setattr("vitkernels._env.ADDMM_COPIES", False)  # as in PyTorch 2.15
+    monkeypatch.setattr(kernels, "_add_product", add_product)
+    return found
+
+
+def second_half(function, act="gelu", recompute=False):
+    """Of a block: of heads, x, proj's weight and bias, then LayerNorm's, fc1's and fc2's parameters."""
+
+    def ours(heads, x, weight, bias, *parameters):
+        with running("cublas"):
+            return projected_mlp(heads, x, weight, bias, parameters, 1e-6, act, recompute)
+
+    def reference(heads, x, weight, bias, *parameters):
+        x = vk.reference.linear(heads, weight, bias, residual=x)
+        return vk.reference.mlp(x, *parameters, eps=1e-6, act=act)
+
+    return {"ours": ours, "reference": reference}[function]
+
+
+def of_second_half(dtype, rows=37, D=48, F=56, heads=64, without=()):
+    inputs = [torch.randn(2, rows, heads), hostile_rows(2, rows, D), torch.randn(D, heads) / heads**0.5, 2 * torch.randn(D)]
+    inputs += parameters(D, F)[:6]
+    return [None if i in without else t.to(dtype) for i, t in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_biases_in_the_product_are_within_budget(act, dtype, products):
+    inputs, dy = of_second_half(dtype), [torch.randn(2, 37, 48)]
+    assert_matches_reference(second_half("ours", act), second_half("reference", act), inputs, dy)
+    assert products == [2]
+
+
+@pytest.mark.parametrize(("without", "taken"), [((3,), 1), ((9,), 1), ((3, 9), None), ((4, 5, 7), 2)])
+def test_biases_may_be_missing_from_the_product(without, taken, products):
+    inputs, dy = of_second_half(torch.bfloat16, without=without), [torch.randn(2, 37, 48)]
+    assert_matches_reference(second_half("ours"), second_half("reference"), inputs, dy)
+    assert products == ([] if taken is None else [taken])
+
+
+@pytest.mark.parametrize(("rows", "D", "F"), [(28, 48, 56), (30, 25, 43), (99, 72, 197)])
+def test_tails_and_the_smallest_batch_whose_biases_ride_along(rows, D, F, products):
+    inputs, dy = of_second_half(torch.bfloat16, rows, D, F), [torch.randn(2, rows, D)]
+    assert_matches_reference(second_half("ours"), second_half("reference"), inputs, dy)
+    assert products == [2]
+
+
+@pytest.mark.parametrize("why", ["rows", "dtype", "copies", "residual entry", "act entry"])
+def test_biases_stay_apart_where_that_does_not_pay_and_results_are_within_budget(why, products, monkeypatch, user_table):  # noqa: F811
+    dtype, rows = torch.float32 if why == "dtype" else torch.bfloat16, 27 if why == "rows" else 37
+    monkeypatch.setattr("vitkernels._env.ADDMM_COPIES", why == "copies")
+    inputs, dy = of_second_half(dtype, rows), [torch.randn(2, rows, 48)]
+    if why.endswith("entry"):
+        kind, N, K = ("residual", 48, 56) if why.startswith("residual") else ("act", 56, 48)
+        config = linear_kernels.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
+        user_table("sm_90", {_tuned.gemm_key(kind, N, K, 2 * rows): linear_kernels.config_entry(config)})
+        monkeypatch.setitem(VARIANTS, "cublas", ("auto", "sm_90"))
+    assert_matches_reference(second_half("ours"), second_half("reference"), inputs, dy)
+    assert products == []
+
+
+def test_mlp_alone_takes_its_own_bias_along(products):
+    inputs, dy = of_second_half(torch.bfloat16)[1:2] + of_second_half(torch.bfloat16)[4:], [torch.randn(2, 37, 48)]
+
+    def ours(*args):
+        with running("cublas"):
+            return vk.ops.mlp(*args)
+
+    assert_matches_reference(ours, vk.reference.mlp, inputs, dy)
+    assert products == [1]
+
+
+def test_biases_in_the_product_give_the_same_bits_in_every_mode(products):
+    inputs, dy = of_second_half(torch.bfloat16), [torch.randn(2, 37, 48)]
+    first, again = (outputs_and_gradients(second_half("ours"), inputs, dy) for _ in range(2))
+    recomputed = outputs_and_gradients(second_half("ours", recompute=True), inputs, dy)
+    assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], recomputed[name]) for name in first)
+    with torch.no_grad():
+        assert torch.equal(second_half("ours")(*inputs), first["output 0"])
+    assert products == [2] * 4
+
+
+def test_biases_in_the_product_save_no_more(products):
+    inputs = of_second_half(torch.bfloat16)
+    inputs = [t.requires_grad_() if i < 2 else nn.Parameter(t) for i, t in enumerate(inputs)]
+    for recompute, width in ((False, 64 + 48 + 4 + 56), (True, 64 + 48 + 4)):  # heads, x, statistics in float32, z
+        saved, _ = saved_elements(lambda recompute=recompute: second_half("ours", recompute=recompute)(*inputs))
+        assert saved <= 74 * width
+    assert products == [2, 2]
+
+
+def test_each_input_of_the_second_half_alone_can_be_trained(products):
+    inputs = of_second_half(torch.bfloat16)
+    for trained in range(len(inputs)):
+        leaves = [t.clone().requires_grad_(i == trained) for i, t in enumerate(inputs)]
+        second_half("ours")(*leaves).sum().backward()
+        assert [t.grad is not None for t in leaves] == [i == trained for i in range(len(inputs))]
+
+
+def test_an_owed_bias_passes_gradcheck_in_float64(no_interpreter):
+    from vitkernels.ops.mlp import _Mlp
+
+    tensors = [t.double().cpu().requires_grad_() for t in (torch.randn(2, 3, 4), torch.randn(4), *parameters(4, 6)[:6])]
+    for act, recompute in itertools.product(ACTIVATIONS, [False, True]):
+        settings = (1e-5, act, recompute, torch.float64, True, False, "auto", "")
+
+        def call(x, owed, *p, settings=settings):
+            return _Mlp.apply(x, *p, None, None, owed, *settings)
+
+        assert torch.autograd.gradcheck(call, tensors)
+
+
+def test_the_second_half_compiles_to_one_graph_with_the_owed_bias(products):
+    inputs, dy = of_second_half(torch.bfloat16), [torch.randn(2, 37, 48)]
+    compiled = torch.compile(second_half("ours"), fullgraph=True, dynamic=True, backend="aot_eager")
+    want, got = (outputs_and_gradients(call, inputs, dy) for call in (second_half("ours"), compiled))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert products == [2, 2]
+
+
+def opcheck_arguments():
+    """Arguments for the operator of this stem, for test_registration."""
+    norm_weight, norm_bias, *layers, scale = parameters(16, 24)
+    norm = (norm_weight, norm_bias, 1e-6)
+    x, dropped, f32, bf16 = torch.randn(2, 15, 16), drop_path((2, 15)), torch.float32, torch.bfloat16
+    narrow = [t.bfloat16() for t in layers]
+    return {
+        "mlp_fwd": [
+            (x, None, *norm, *layers, "gelu", scale, dropped, f32, True, False, "triton", "sm_80"),
+            (x.bfloat16(), norm_bias.bfloat16(), *norm, *narrow, "gelu", None, None, bf16, True, False, "cublas", "sm_90"),
+            (x.bfloat16(), norm_bias.bfloat16(), *norm, *narrow, None, None, None, bf16, False, False, "triton", "sm_80"),
+            (x, None, *norm, *layers, None, None, None, f32, True, False, "auto", ""),
+        ]
+    }
 
 
 # The reference.

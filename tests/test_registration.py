@@ -8,6 +8,7 @@ import test_attention
 import test_fold
 import test_layer_norm
 import test_linear
+import test_mlp
 import test_patch_embed
 import test_pos_embed
 import torch
@@ -26,6 +27,7 @@ STEMS = {
     "folded_linear": test_fold,
     "linear": test_linear,
     "linear_bwd": test_linear,
+    "mlp": test_mlp,
     "patch_embed": test_patch_embed,
     "patch_embed_backward": test_patch_embed,
     "pos_embed": test_pos_embed,

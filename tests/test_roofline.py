@@ -38,6 +38,7 @@ def _compiling(monkeypatch):
     The models here are small, and ``auto`` would leave them to PyTorch.
     """
     monkeypatch.setattr(vitkernels._env, "INTERPRETING", False)
+    monkeypatch.setattr(vitkernels._env, "ADDMM_COPIES", False)  # as in PyTorch 2.15
     set_min_bytes(monkeypatch, 0)
 
 
@@ -140,21 +141,22 @@ def test_plans_that_operators_declare_are_counted_by_name(monkeypatch):
 
 
 def test_the_fused_block_is_counted_by_launch():
-    w = SIZES["B/16"]
-    count, unit = counted(w, fused=True, train=True)
+    w, batch = SIZES["B/16"], 16
+    count, unit = counted(w, batch, fused=True, train=True)
     ours = [o.name for o in (*count.forward, *count.backward) if o.ours]
     attention = [name for name in ours if name.startswith("attention")]
     assert attention[0] == "attention_fwd"
     assert len(attention) > 1
     assert all(name.startswith("attention_bwd") for name in attention[1:])
-    forward = ["layer_norm_fwd", "linear_epilogue", "layer_norm_fwd", "linear_epilogue", "linear_epilogue"]
+    forward = ["layer_norm_fwd", "layer_norm_fwd", "linear_epilogue"]
     linear_bwd = ["linear_bwd", "parameter_gradients"]
     normed = ["layer_norm_bwd", "parameter_gradients"]
     others = [name for name in ours if name not in attention]
     assert others == [*forward, "layer_norm_fwd", *linear_bwd * 2, *normed, *linear_bwd, "layer_norm_fwd", *linear_bwd, *normed]
-    assert [round(u) for u in units(count.forward, unit)] == EAGER  # one for one: no table says that a fused GEMM is faster
+    moved = [round(u) for u in units(count.forward, unit) if u > 0]
+    assert moved == [2, 4, 4, 3, 2, 5, 8, 6]  # of plan cublas: no table says that a fused GEMM is faster
     backward = next(o for o in reversed(count.backward) if o.name == "layer_norm_bwd")
-    programs = min(-(-4 * w.tokens // 2), 132 * 16 // 4)  # tiles of two rows
+    programs = min(-(-batch * w.tokens // 2), 132 * 12 // 4)  # tiles of two rows
     partial_sums = 2 * programs * w.width * 4
     assert backward.written_bytes == unit + partial_sums
     assert next(o for o in reversed(count.backward) if o.name == "parameter_gradients").read_bytes == partial_sums
@@ -196,9 +198,9 @@ def test_what_a_launcher_asks_of_pytorch_counts():
 
 def test_layer_norm_packs_a_stream_that_is_not_contiguous():
     """Without a class token timm's stream is channel-major, and CUDA's layer_norm copies it first; ours is packed at once."""
-    found = roofline._model("vit_base_patch16_siglip_256", 2, H200)
+    found = roofline._model("vit_base_patch16_siglip_256", 16, H200)
     assert found["eager"]["forward_units_per_block"] == pytest.approx(38 + 4, abs=0.1)
-    assert found["fused"]["forward_units_per_block"] == pytest.approx(38, abs=0.1)
+    assert found["fused"]["forward_units_per_block"] == pytest.approx(34, abs=0.1)
     assert [row["operator"] for row in found["eager"]["block"]["forward"]][:2] == ["contiguous", "native_layer_norm"]
 
 
@@ -423,4 +425,4 @@ def test_small_batches_are_predicted_at_eagers_speed_because_dispatch_leaves_the
     first, last = vit["predicted_images_per_s"][0], vit["predicted_images_per_s"][-1]
     assert (first["batch"], last["batch"]) == (1, 256)
     assert first["fused"] == pytest.approx(first["eager"], rel=0.02)  # one launch more: the tokens are made contiguous
-    assert sum(row["ours"] for row in vit["fused"]["block"]["forward"]) == 6  # two LayerNorms, attention, three epilogues
+    assert sum(row["ours"] for row in vit["fused"]["block"]["forward"]) == 4  # two LayerNorms, attention, GELU

@@ -99,7 +99,7 @@ def fused_calls() -> Iterator["Calls"]:
     """Counts calls from fused blocks: ``.mlp``, one per fused forward (none while drop path drops), and ``.linear``."""
     module = vitkernels.models.block
     calls = Calls()
-    mlp, linear = module.mlp, module.linear
+    mlp, linear, normed_linear, projected_mlp = module.mlp, module.linear, module.normed_linear, module.projected_mlp
 
     def counting_mlp(*args, **kwargs):
         calls.mlp += 1
@@ -109,9 +109,20 @@ def fused_calls() -> Iterator["Calls"]:
         calls.linear += 1
         return linear(*args, **kwargs)
 
+    def counting_normed_linear(*args, **kwargs):
+        calls.linear += 1
+        return normed_linear(*args, **kwargs)
+
+    def counting_both(*args, **kwargs):
+        calls.mlp += 1
+        calls.linear += 1
+        return projected_mlp(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "mlp", counting_mlp)
         patch.setattr(module, "linear", counting_linear)
+        patch.setattr(module, "normed_linear", counting_normed_linear)
+        patch.setattr(module, "projected_mlp", counting_both)
         yield calls
 
 

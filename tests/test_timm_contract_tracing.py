@@ -95,7 +95,7 @@ def test_timms_feature_extractor_is_bitwise_equal_from_call_to_call():
     names = get_graph_node_names(fused)[1]
     block0 = [name for name in names if name.startswith("blocks.0.")][-1]
     extractor = create_feature_extractor(fused, {block0: "block0", "norm": "norm"})
-    assert "mlp" in fused_nodes(extractor.graph)
+    assert "projected_mlp" in fused_nodes(extractor.graph)
     x = images()
     first, second = extractor(x), extractor(x)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -9,6 +9,7 @@
 import importlib
 import importlib.util
 import os
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,16 @@ BACKENDS = ("auto", "fused", "reference")
 # Plain module constants, not cached functions: Dynamo guards on these and traces through.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+# CUDA's addmm(matrix, a, b) copied the matrix into the result first, 2 units of a residual stream, until it could give both to
+# cuBLASLt (https://github.com/pytorch/pytorch/pull/191706). By the symbols of libtorch_cuda 2.11 copies and 2.15 does not.
+ADDMM_COPIES = _version(metadata.version("torch")) < (2, 15)
 
 
 def default_backend() -> str:

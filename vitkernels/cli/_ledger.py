@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from .. import _select
+from .. import _env, _select
 from ._chips import Chip
 
 _OVERWRITES = ("copy_", "fill_", "zero_")  # in-place operators that do not read what they write
@@ -129,6 +129,8 @@ class _Ledger(TorchDispatchMode):
         for t in (args[position] for position in _PACKS.get(name, ())):
             if not t.is_contiguous():
                 self.add("contiguous", 0, [t], [t.new_empty(t.shape)])
+        if name == "addmm" and args[0].dim() == 2 and _env.ADDMM_COPIES:
+            self.add("copy", 0, [args[0]], [out])
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         changed = [t for t in _changed(func, args, kwargs) if isinstance(t, Tensor)]
         known = {self.storage(t) for t in inputs}
@@ -285,9 +287,9 @@ def count(
 
 
 def _follow_casts(operators: Sequence[Operator], parameters: set[int]) -> None:
-    """A cast of a parameter is one too, and so is what a parameter's gradient was cast from."""
-    for operator in (o for o in operators if o.name == "_to_copy"):
-        if operator.reads[0][0] in parameters:
+    """What is made of parameters alone, a cast or ``cat``, is one too, and so is what a parameter's gradient was cast from."""
+    for operator in (o for o in operators if o.name in ("_to_copy", "cat")):
+        if all(key in parameters for key, _ in operator.reads):
             parameters.add(operator.writes[0][0])
     for operator in (o for o in reversed(operators) if o.name == "_to_copy"):
         if operator.writes[0][0] in parameters:

@@ -50,6 +50,11 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
+def config(x: Tensor, weight: Tensor, act: str | None, plan: str, arch: str) -> linear.GemmConfig | None:
+    """Of the folded GEMM on ``x`` (M, K); None where LayerNorm runs before it."""
+    return linear.config_of("norm" if act is None else "norm_act", x, weight, plan, arch)
+
+
 def launch_folded_linear_fwd(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -66,14 +71,14 @@ def launch_folded_linear_fwd(
 ) -> Tensor:
     """act(LN(x) @ weight^T + bias), by equation (2) where the table says so, else by the parameters themselves."""
     rows = linear.matrix(x)
-    config = linear.config_of("norm" if act is None else "norm_act", rows, folded_weight, plan, arch)
-    if config is None:
+    gemm = config(rows, folded_weight, act, plan, arch)
+    if gemm is None:
         h, _, _ = layer_norm.launch_layer_norm_fwd(x, norm_weight, norm_bias, eps, x.dtype)
         return linear.launch_linear_fwd(h, weight, bias, act, None, None, None, x.dtype, "none", False, plan, arch)[0]
     y = torch.empty(rows.shape[0], folded_weight.shape[0], dtype=x.dtype, device=x.device)
     if rows.shape[0] > 0:
         norm = (*_statistics(rows, eps), colsum)
-        linear.gemm(config, rows, folded_weight, folded_bias, (act, None, None, 1, None), y, None, False, norm)
+        linear.gemm(gemm, rows, folded_weight, folded_bias, (act, None, None, 1, None), y, None, False, norm)
     return y.view(*x.shape[:-1], folded_weight.shape[0])
 
 

@@ -58,6 +58,7 @@ def _layer_norm_fwd_kernel(
     stream_ptr,
     mean_ptr,
     rstd_ptr,
+    shift_ptr,
     num_rows,
     x_inner,
     x_outer_stride,
@@ -93,6 +94,8 @@ def _layer_norm_fwd_kernel(
         rounded = s.to(stream_ptr.dtype.element_ty)
         tl.store(stream_ptr + out_offsets, rounded, mask=mask)
         s = rounded.to(tl.float32)  # the statistics of what eager, and our backward, read
+    if shift_ptr is not None:
+        s += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
 
     mean = tl.sum(s, axis=1) / D  # eq. (2)
     centred = tl.where(mask, s - mean[:, None], 0.0)
@@ -118,6 +121,7 @@ def _layer_norm_bwd_kernel(
     layer_scale_ptr,
     mean_ptr,
     rstd_ptr,
+    shift_ptr,
     dresidual_ptr,
     dx_ptr,
     dweight_ptr,
@@ -153,6 +157,8 @@ def _layer_norm_bwd_kernel(
 
         stream_offsets = _row_offsets(rows, stream_inner, stream_outer_stride, stream_inner_stride, STREAM_NESTED, STREAM_UNIT)
         s = tl.load(stream_ptr + stream_offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            s += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
         mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
         x_hat = (s - mean[:, None]) * rstd[:, None]  # eq. (4); beyond D not zero, but every use is times dy or g
@@ -280,11 +286,11 @@ def _num_backward_programs(device: torch.device, num_tiles: int, num_warps: int)
 
 
 def launch_layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y, mean and rstd."""
+    """Returns y, mean and rstd; with ``shift`` those of x + shift, which is not rounded."""
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    mean, rstd = _launch_fwd(x, None, None, weight, bias, y, None, eps)
+    mean, rstd = _launch_fwd(x, None, None, weight, bias, y, None, eps, shift)
     return y, mean, rstd
 
 
@@ -305,13 +311,13 @@ def launch_add_layer_norm_fwd(
     return y, stream, mean, rstd
 
 
-def _launch_fwd(x, residual, layer_scale, weight, bias, y, stream, eps) -> tuple[Tensor, Tensor]:
+def _launch_fwd(x, residual, layer_scale, weight, bias, y, stream, eps, shift=None) -> tuple[Tensor, Tensor]:
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     tile = _tile(x.shape[-1])
     num_rows = mean.numel()
     x_rows = _as_rows(x)
     residual_rows = x_rows if residual is None else _as_rows(residual)
-    layer_scale, weight, bias = (None if t is None else t.contiguous() for t in (layer_scale, weight, bias))
+    layer_scale, weight, bias, shift = (None if t is None else t.contiguous() for t in (layer_scale, weight, bias, shift))
     if num_rows > 0:
         _layer_norm_fwd_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
             x_rows.tensor,
@@ -323,6 +329,7 @@ def _launch_fwd(x, residual, layer_scale, weight, bias, y, stream, eps) -> tuple
             stream,
             mean,
             rstd,
+            shift,
             num_rows,
             x_rows.inner,
             x_rows.outer_stride,
@@ -370,6 +377,7 @@ def launch_add_layer_norm_bwd(
     residual_dtype: torch.dtype,
     need_dweight: bool,
     need_dbias: bool,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dresidual, dx (empty where dresidual serves as both), dweight, dbias and dlayer_scale (needed if x is given)."""
     dresidual = torch.empty(stream.shape, dtype=residual_dtype, device=stream.device)
@@ -377,13 +385,13 @@ def launch_add_layer_norm_bwd(
     dx = torch.empty(stream.shape if own_dx else 0, dtype=x_dtype, device=stream.device)
     sums = _launch_bwd(
         dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, dresidual, dx if own_dx else None,
-        need_dweight, need_dbias,
+        need_dweight, need_dbias, shift,
     )  # fmt: skip
     return dresidual, dx, *sums
 
 
 def _launch_bwd(
-    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, dresidual, dx, need_dweight, need_dbias
+    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, dresidual, dx, need_dweight, need_dbias, shift=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     D = stream.shape[-1]
     tile = _tile(D)
@@ -397,7 +405,7 @@ def _launch_bwd(
     partials = [None if t is None else torch.empty(programs, D, dtype=torch.float32, device=t.device) for t in sums]
     stream_rows = _as_rows(stream)
     x_rows = stream_rows if x is None else _as_rows(x)
-    weight, layer_scale = (None if t is None else t.contiguous() for t in (weight, layer_scale))
+    weight, layer_scale, shift = (None if t is None else t.contiguous() for t in (weight, layer_scale, shift))
     if num_rows > 0:
         _layer_norm_bwd_kernel[(programs,)](
             dy.contiguous(),
@@ -408,6 +416,7 @@ def _launch_bwd(
             layer_scale,
             mean,
             rstd,
+            shift,
             dresidual,
             dx,
             *partials,

@@ -71,6 +71,8 @@ class GemmConfig:
     programs_per_sm: int = 2
 
 
+EXTRA = 8  # columns: 16 bytes, so that rows stay aligned for vector and TMA loads
+
 # Where a table has no configuration and the plan is forced; a test compiles them for every chip. All but the last: 16-bit.
 _DESCRIPTOR = GemmConfig("descriptor", 128, 128, 64, num_warps=8, num_stages=3)
 _POINTER = GemmConfig("pointer", 128, 128, 32, num_warps=8, num_stages=4)
@@ -311,15 +313,23 @@ def _linear_epilogue_kernel(
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONES: tl.constexpr = 0,
+    EXTRA: tl.constexpr = 0,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offsets = (rows.to(tl.int64) * N)[:, None] + cols[None, :]
-    z = tl.load(z_ptr + offsets, mask=(rows < M)[:, None] & (cols < N)[None, :], other=0.0).to(tl.float32)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    z = tl.load(z_ptr + (rows.to(tl.int64) * N)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = _epilogue(
         z, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample, ACT, EXACT
     )
-    _store(y_ptr, y, rows, cols, M, N)
+    y_ptrs = y_ptr + (rows.to(tl.int64) * (N + EXTRA))[:, None]
+    tl.store(y_ptrs + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    if EXTRA > 0:  # noqa: SIM102  the outer test is the compiler's, the inner one the program's
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            extra = tl.arange(0, EXTRA)[None, :] + tl.zeros((ROWS, EXTRA), tl.int32)
+            ones = tl.where(extra < ONES, 1.0, 0.0).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptrs + N + extra, ones, mask=(rows < M)[:, None] & (extra >= 0))
 
 
 def elementwise_tile(N: int) -> dict[str, int]:
@@ -427,9 +437,15 @@ def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor |
         return None, z
     if plain and residual is None:
         return z, z.clone() if preact == "also" else None
-    M, N = z.shape
     in_place = preact == "none" and z.dtype == out_dtype
-    y = z if in_place else torch.empty(M, N, dtype=out_dtype, device=x.device)
+    y = z if in_place else torch.empty(z.shape, dtype=out_dtype, device=x.device)
+    _elementwise(z, act, layer_scale, drop_path, rows_per_sample, residual, y)
+    return y, z if preact == "also" else None
+
+
+def _elementwise(z, act, layer_scale, drop_path, rows_per_sample, residual, y: Tensor, ones: int = 0) -> None:
+    """Equation (3) from ``z`` (M, N) into ``y``, whose further columns, if any, are ``ones`` times 1, then 0."""
+    M, N = z.shape
     tile = elementwise_tile(N)
     if M > 0:
         _linear_epilogue_kernel[(triton.cdiv(M, tile["ROWS"]), triton.cdiv(N, tile["BLOCK_N"]))](
@@ -443,10 +459,18 @@ def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor |
             0 if residual is None else residual.stride(0),
             rows_per_sample,
             ACT=act,
-            EXACT=exact(act, out_dtype),
+            EXACT=exact(act, y.dtype),
+            ONES=ones,
+            EXTRA=y.shape[1] - N,
             **tile,
         )
-    return y, z if preact == "also" else None
+
+
+def activate(z: Tensor, act: str | None, ones: int) -> Tensor:
+    """act(z) (M, N), and EXTRA columns after it, the first ``ones`` of which are 1: a GEMM's weight has biases in its place."""
+    y = torch.empty(z.shape[0], z.shape[1] + EXTRA, dtype=z.dtype, device=z.device)
+    _elementwise(z, act, None, None, 1, None, y, ones)
+    return y
 
 
 def gemm(

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from .. import _select
 from ..ops import attention, attention_qkv, linear, mlp
 from ..ops.folded_linear import folded_linear
+from ..ops.linear import normed_linear
+from ..ops.mlp import projected_mlp
 from . import _fold, _guard
 
-for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp"):
+for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp", "normed_linear", "projected_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -86,7 +88,7 @@ class FusedBlock(Block):
 
         folded = _fold.current(self) if self.inference else None
         if folded is None or folded.qkv is None:
-            packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
+            packed = normed_linear(x, qkv.weight, qkv.bias, _norm(self.norm1))  # (B, N, 3*H*Dh)
         else:
             packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv)
         q_norm, k_norm = attn.q_norm, attn.k_norm
@@ -97,16 +99,18 @@ class FusedBlock(Block):
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
             heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
         weight, bias, gamma = _scaled(attn.proj, self.ls1, folded and folded.proj)
-        dropped = _draw(self.drop_path1, heads, gamma)
+        fc2_weight, fc2_bias, fc2_gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
+        dropped, fc2_dropped = _draw(self.drop_path1, heads, gamma), _draw(self.drop_path2, heads, fc2_gamma)
+        parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2_weight, fc2_bias)
+        folded_fc1 = None if folded is None else folded.fc1
+        if gamma is None and fc2_gamma is None and dropped is None and fc2_dropped is None:
+            return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp, folded_fc1)
         x = linear(heads, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
-
-        weight, bias, gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
-        dropped = _draw(self.drop_path2, heads, gamma)
-        if folded is not None and folded.fc1 is not None:
-            hidden = folded_linear(x, fc1.weight, fc1.bias, _norm(norm2), folded.fc1, act)
-            return linear(hidden, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
-        parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, weight, bias)
-        return mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=gamma, drop_path=dropped, recompute=self.recompute_mlp)
+        if folded_fc1 is not None:
+            hidden = folded_linear(x, fc1.weight, fc1.bias, _norm(norm2), folded_fc1, act)
+            return linear(hidden, fc2_weight, fc2_bias, layer_scale=fc2_gamma, residual=x, drop_path=fc2_dropped)
+        options = {"layer_scale": fc2_gamma, "drop_path": fc2_dropped, "recompute": self.recompute_mlp}
+        return mlp(x, *parameters, eps=norm2.eps, act=act, **options)
 
     def train(self, mode=True):
         if mode and self.inference:

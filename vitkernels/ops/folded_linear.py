@@ -1,5 +1,6 @@
 """LayerNorm folded into a linear layer, for inference: ``kernels/folded_linear.py`` has the equations. Internal to blocks."""
 
+import importlib
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from .. import _select
 from ..reference.linear import ACTIVATIONS
 from ._register import register
-from .linear import MIN_BYTES, PLANS, compute_dtype, linear, why_not
+from .linear import MIN_BYTES, PLANS, compute_dtype, flat, linear, why_not
 
 
 class Folded(NamedTuple):
@@ -45,6 +46,17 @@ register(
     stem="folded_linear",
     reference=_reference,
 )
+
+
+def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
+    """Whether a table has a folded GEMM for rows like ``x``'s. While compiling, which cannot ask, the launcher has to see."""
+    if torch.compiler.is_compiling():
+        return True
+    plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x)
+    if plan != "auto" or arch is None:
+        return plan == "triton"
+    kernels = importlib.import_module("vitkernels.kernels.folded_linear")  # Triton, on a GPU only
+    return kernels.config(flat(x), folded.weight, act, plan, arch) is not None
 
 
 def folded_linear(

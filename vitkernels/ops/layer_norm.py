@@ -30,7 +30,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # 1. Registration. Bytes per element of x, in its dtype: layer_norm reads 1 and writes 1, its backward reads 2 and writes 1;
 # add_layer_norm reads 2 and writes 2, its backward reads 3 (dy, dstream, stream; x as well for dlayer_scale) and writes 1
-# (2 when dx differs from dresidual).
+# (2 when dx differs from dresidual). shift (D,) is added to each row of x, or of the stream in backward, in float32: what is
+# stored lacks it, as the stream of a block lacks the bias of proj until fc2 has added it (mlp.py).
 
 
 def _statistics_like(x: Tensor) -> Tensor:
@@ -43,19 +44,25 @@ def _empty_like_if(wanted: bool, like: Tensor | None, x: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _layer_norm_fwd_fake(x, weight, bias, eps, out_dtype):
+def _layer_norm_fwd_fake(x, weight, bias, eps, out_dtype, shift=None):
     return x.new_empty(x.shape, dtype=out_dtype), _statistics_like(x), _statistics_like(x)
 
 
-def _layer_norm_fwd_reference(x, weight, bias, eps, out_dtype):
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """x + shift, not rounded."""
     compute = torch.promote_types(torch.float32, x.dtype)
-    weight, bias = (None if t is None else t.to(compute) for t in (weight, bias))
-    y, mean, rstd = torch.native_layer_norm(x.to(compute), x.shape[-1:], weight, bias, eps)
+    return x.to(compute) if shift is None else x.to(compute) + shift.to(compute)
+
+
+def _layer_norm_fwd_reference(x, weight, bias, eps, out_dtype, shift=None):
+    x = shifted(x, shift)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y.to(out_dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 register(
-    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype)"
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType out_dtype, Tensor? shift=None)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_layer_norm_fwd_fake,
     stem="layer_norm",
@@ -120,7 +127,7 @@ def _dx_is_dresidual(layer_scale: Tensor | None, x_dtype: torch.dtype, residual_
 
 
 def _add_layer_norm_bwd_fake(
-    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, x_dtype, residual_dtype, need_dweight, need_dbias
+    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, x_dtype, residual_dtype, need_dweight, need_dbias, shift=None
 ):
     shared = _dx_is_dresidual(layer_scale, x_dtype, residual_dtype)
     return (
@@ -133,10 +140,10 @@ def _add_layer_norm_bwd_fake(
 
 
 def _add_layer_norm_bwd_reference(
-    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, x_dtype, residual_dtype, need_dweight, need_dbias
+    dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, x_dtype, residual_dtype, need_dweight, need_dbias, shift=None
 ):
     ds, dweight, dbias = _layer_norm_bwd_reference(
-        dy, stream.to(mean.dtype), weight, bias, mean, rstd, need_dweight, need_dbias
+        dy, shifted(stream, shift), weight, bias, mean, rstd, need_dweight, need_dbias
     )
     ds = ds + dstream
     dx = ds if layer_scale is None else ds * layer_scale
@@ -151,7 +158,7 @@ def _add_layer_norm_bwd_reference(
 register(
     "add_layer_norm_bwd(Tensor dy, Tensor dstream, Tensor stream, Tensor? x, Tensor? weight, Tensor? bias,"
     " Tensor? layer_scale, Tensor mean, Tensor rstd, ScalarType x_dtype, ScalarType residual_dtype, bool need_dweight,"
-    " bool need_dbias) -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
+    " bool need_dbias, Tensor? shift=None) -> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias, Tensor dlayer_scale)",
     fake=_add_layer_norm_bwd_fake,
     stem="layer_norm",
     reference=_add_layer_norm_bwd_reference,

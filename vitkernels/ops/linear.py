@@ -321,7 +321,8 @@ def linear(
     Args:
         x: (..., K).
         weight: (N, K), bias: (N,) or None, as ``nn.Linear``.
-        act: None, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"quick_gelu"`` (x * sigmoid(1.702 x)) or ``"silu"``.
+        act: None, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"quick_gelu"`` (x * sigmoid(1.702 x)) or ``"silu"``. No gated form: its
+            tile needs two accumulators. Blocks with a gated MLP run timm's forward, and ``explain`` says so.
         layer_scale: (N,) or None.
         residual: (..., N) or None; may be wider than ``x`` (the float32 stream under autocast) and is never cast.
         norm: (weight, bias, eps) of a LayerNorm over K, or None.
@@ -375,6 +376,13 @@ def linear(
         promoted(dtype, layer_scale, drop_path, residual),
         *gemm_settings(x, dtype),
     )
+
+
+def normed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, Tensor | None, float]) -> Tensor:
+    """``linear`` of modules, whose shapes need no checks where PyTorch's operators run: 7 us on a CPU. Internal to blocks."""
+    if _select.runs_reference(x):
+        return reference.linear(x, weight, bias, norm=norm)
+    return linear(x, weight, bias, norm=norm)
 
 
 def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _select, reference
+from .. import _env, _select, reference
 from ..reference.linear import ACTIVATIONS
 from . import _check
-from .layer_norm import check_norm
+from ._register import register
+from .folded_linear import Folded, folded_linear, folds
+from .layer_norm import check_norm, shifted
 from .linear import (
     MIN_BYTES,
+    PLANS,
     check_drop_path,
     compute_dtype,
     flat,
     gemm_settings,
     incoming,
+    linear,
     matmul,
     parameter_gradients,
     promoted,
@@ -37,38 +41,67 @@ def why_not(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, *others: Tensor |
     return reasons
 
 
+def _mlp_fwd_fake(
+    x, owed, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, drop_path,
+    out_dtype, keep, allow_tf32, plan, arch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.promote_types(torch.float32, x.dtype)) for _ in range(2))
+    shape = (*x.shape[:-1], fc1_weight.shape[0]) if keep else 0
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd, fc1_weight.new_empty(shape)
+
+
+def _mlp_fwd_reference(
+    x, owed, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, drop_path,
+    out_dtype, keep, allow_tf32, plan, arch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ops, gemm = torch.ops.vitkernels, (allow_tf32, plan, arch)
+    h, mean, rstd = ops.layer_norm_fwd(x, norm_weight, norm_bias, eps, fc1_weight.dtype, owed)
+    u, z = ops.linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, h.dtype, "also" if keep else "none", *gemm)
+    residual = x if owed is None else shifted(x, owed)
+    y, _ = ops.linear_fwd(u, fc2_weight, fc2_bias, None, layer_scale, drop_path, residual, out_dtype, "none", *gemm)
+    return y, mean, rstd, z
+
+
+register(
+    "mlp_fwd(Tensor x, Tensor? owed, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor? fc1_bias,"
+    " Tensor fc2_weight, Tensor? fc2_bias, str? act, Tensor? layer_scale, Tensor? drop_path, ScalarType out_dtype, bool keep,"
+    " bool allow_tf32, str plan, str arch) -> (Tensor y, Tensor mean, Tensor rstd, Tensor z)",
+    fake=_mlp_fwd_fake,
+    stem="mlp",
+    reference=_mlp_fwd_reference,
+)
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path,
+        ctx: Any, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path, owed,
         eps, act, recompute, out_dtype, trains, allow_tf32, plan, arch,
     ):  # fmt: skip
-        ops, gemm = torch.ops.vitkernels, (allow_tf32, plan, arch)
+        gemm = (allow_tf32, plan, arch)
         keep = trains and not recompute and any(ctx.needs_input_grad)
-        h, mean, rstd = ops.layer_norm_fwd(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-        dtype, preact = h.dtype, "also" if keep and act is not None else "none"
-        u, z = ops.linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, dtype, preact, *gemm)
-        y, _ = ops.linear_fwd(u, fc2_weight, fc2_bias, None, layer_scale, drop_path, x, out_dtype, "none", *gemm)
-        z = None if not keep else u if act is None else z
-        parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path)
-        ctx.save_for_backward(x, mean, rstd, z, *parameters)
+        y, mean, rstd, z = torch.ops.vitkernels.mlp_fwd(
+            x, owed, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, drop_path,
+            out_dtype, keep, *gemm,
+        )  # fmt: skip
+        parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path, owed)
+        ctx.save_for_backward(x, mean, rstd, z if keep else None, *parameters)
         ctx.settings = eps, act, gemm
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy):
-        x, mean, rstd, z, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path = (
-            ctx.saved_tensors
-        )
+        x, mean, rstd, z, *parameters = ctx.saved_tensors
+        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path, owed = parameters
         eps, act, gemm = ctx.settings
         ops, dtype = torch.ops.vitkernels, fc1_weight.dtype
-        need_dx, need_dnw, need_dnb, need_dw1, need_db1, need_dw2, need_db2, need_dls, _ = ctx.needs_input_grad[:9]
-        need_dh = need_dx or need_dnw or need_dnb
+        need_dx, need_dnw, need_dnb, need_dw1, need_db1, need_dw2, need_db2, need_dls, _, need_dowed = ctx.needs_input_grad[:10]
+        need_dh = need_dx or need_dnw or need_dnb or need_dowed
         need_u = need_dw2 or need_dls
         h = None
         if need_dw1 or z is None:
-            h, _, _ = ops.layer_norm_fwd(x, norm_weight, norm_bias, eps, dtype)
+            h, _, _ = ops.layer_norm_fwd(x, norm_weight, norm_bias, eps, dtype, owed)
         if z is None:  # the bits of the forward's z: the same kernel in the same configuration
             preact = "none" if act is None else "only"
             u, z = ops.linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, dtype, preact, *gemm)
@@ -85,12 +118,14 @@ class _Mlp(torch.autograd.Function):
         dw2, db2, dls = parameter_gradients(dy, g, s, u, fc2_weight, fc2_bias, layer_scale, drop_path, needs)
         del u
         dw1 = flat(dz).t() @ flat(h) if need_dw1 else None
-        dx, dnw, dnb = None, None, None
+        dx, dnw, dnb, dowed = None, None, None, None
         if need_dh:
             dx, _, dnw, dnb, _ = ops.add_layer_norm_bwd(
                 matmul(dz, fc1_weight), dy, x, None, norm_weight, norm_bias, None, mean, rstd, x.dtype, x.dtype,
-                need_dnw, need_dnb,
+                need_dnw, need_dnb, owed,
             )  # fmt: skip
+        if need_dowed:
+            dowed = incoming(dx, fc1_weight, None, None, True, False)[1].to(owed.dtype)
         return (
             dx if need_dx else None,
             dnw if need_dnw else None,
@@ -100,7 +135,9 @@ class _Mlp(torch.autograd.Function):
             dw2,
             db2,
             dls,
-            *(None,) * 9,
+            None,
+            dowed,
+            *(None,) * 8,
         )
 
 
@@ -164,8 +201,57 @@ def mlp(
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
             eps=eps, act=act, layer_scale=layer_scale, drop_path=drop_path, recompute=recompute,
         )  # fmt: skip
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _run(x, None, parameters, eps, act, layer_scale, drop_path, recompute)
+
+
+def _run(x, owed, parameters, eps, act, layer_scale, drop_path, recompute) -> Tensor:
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     dtype = compute_dtype(x)
     return _Mlp.apply(
-        x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path,
+        x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path, owed,
         eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype),
     )  # fmt: skip
+
+
+Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def projected_mlp(
+    heads: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameters: Parameters,
+    eps: float,
+    act: str | None,
+    recompute: bool = False,
+    folded: Folded | None = None,
+) -> Tensor:
+    """``mlp(x + heads @ weight^T + bias)``, the second half of a block without LayerScale and drop path. Internal to blocks.
+
+    In 16 bits ``bias`` stays out of what proj writes, and fc2 adds it: ``kernels/mlp.py`` says why.
+
+    Args:
+        parameters: of LayerNorm, fc1 and fc2, in the order of ``mlp``.
+        folded: fc1 with the LayerNorm in it, for calls without gradients.
+    """
+
+    if _select.runs_reference(x):  # as in normed_linear: 9 us
+        x = reference.linear(heads, weight, bias, residual=x)
+        return reference.mlp(x, *parameters, eps=eps, act=act, recompute=recompute)
+
+    def reasons() -> list[str]:
+        return why_not(heads, weight, parameters[4], x, bias, *parameters)
+
+    narrow = x.dtype == heads.dtype == compute_dtype(x) != torch.float32
+    owes = narrow and bias is not None and not _env.ADDMM_COPIES and _select.choose_plan(PLANS, lambda: "auto") != "triton"
+    owes = owes and (folded is None or not folds(x, folded, act))
+    if owes and _select.use_kernel("mlp", x, reasons, MIN_BYTES):
+        return _run(linear(heads, weight, residual=x), bias, parameters, eps, act, None, None, recompute)
+    x = linear(heads, weight, bias, residual=x)
+    if folded is None:
+        return mlp(x, *parameters, eps=eps, act=act, recompute=recompute)
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+    hidden = folded_linear(x, fc1_weight, fc1_bias, (norm_weight, norm_bias, eps), folded, act)
+    return linear(hidden, fc2_weight, fc2_bias, residual=x)
