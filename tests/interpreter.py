@@ -193,6 +193,15 @@ def _casts(runtime: types.ModuleType, tl: types.ModuleType) -> None:
 # products and reductions
 
 
+def _sum_in_order(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
+    """accumulator + a @ b as a GPU's ordinary units sum it: channel after channel, whatever the tile. BLAS rounds otherwise at
+    a tile's edges, so that the logits of a forward and of a backward with other tiles would differ."""
+    terms = np.empty((a.shape[-1] + 1, *accumulator.shape), np.float32)
+    terms[0] = accumulator
+    np.multiply(np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :], out=terms[1:])
+    return np.add.reduce(terms, axis=0)
+
+
 def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
     dot, tf32 = runtime.InterpreterBuilder.create_dot, runtime._ir.INPUT_PRECISION.TF32
 
@@ -204,6 +213,8 @@ def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
             product = np.matmul(_wide(lhs), _wide(rhs)) + accumulator.data
         elif _options.tf32 and input_precision == tf32 and lhs.dtype.scalar.is_fp32():
             product = np.matmul(truncate_to_tf32(lhs.data), truncate_to_tf32(rhs.data)) + accumulator.data
+        elif lhs.dtype.scalar.is_fp32() and accumulator.data.dtype == np.float32:
+            product = _sum_in_order(lhs.data, rhs.data, accumulator.data)
         else:
             return dot(self, lhs, rhs, accumulator, input_precision, *rest)
         return runtime.TensorHandle(product, accumulator.dtype.scalar)

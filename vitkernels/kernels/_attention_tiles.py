@@ -93,22 +93,26 @@ def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _p_and_ds(
     a, b, da, db, row_max, log2_sum, delta, bias_pointers, bias_mask, key_mask, scale,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Equations (4) and (6) for a tile a x b: queries x keys with da = dout, db = v, or keys x queries with da = v, db = dout.
 
     The statistics of a query that does not exist are 0 and +inf, which gives p = 0.
     """
     s = _inner(a, b, PARTS, PRECISION)
-    if bias_pointers is None:
+    if NATURAL:
+        # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
+        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0. Without a bias for float32, whose largest p
+        # would be off by the rounding of a logit of 10 instead of exactly as in the forward: eager's dv, 3 times its error.
+        s = s * scale
+        if bias_pointers is not None:
+            s += tl.load(bias_pointers, mask=bias_mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp2((s - row_max) * LOG2E - log2_sum)
+    else:
         p = tl.exp2(s * (scale * LOG2E) - log2_sum)
+    if bias_pointers is None:
         if key_mask is not None:
             p = tl.where(key_mask, p, 0.0)
-    else:
-        # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
-        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
-        bias = tl.load(bias_pointers, mask=bias_mask, other=float("-inf"))
-        p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log2_sum)
     dp = _inner(da, db, PARTS, PRECISION)
     return p, p * (dp - delta)
 

@@ -576,7 +576,8 @@ def launch_attention_fwd(
     common = {
         **constants,
         "UNIT": unit,
-        "NATURAL": bias is not None or scale <= 0,  # else the largest product is the largest logit
+        # Else the largest product is the largest logit. float32 as the backward needs it (_p_and_ds).
+        "NATURAL": bias is not None or scale <= 0 or q.dtype == torch.float32,
         "KEY_ONLY": key_only,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "DH": head_dim,
