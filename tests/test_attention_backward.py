@@ -1,6 +1,6 @@
 """The backward kernels of attention through their launchers: gradients against the float64 reference, bitwise repeatable.
 
-What the forward leaves (out, row_max, log_sum) is made here, from float64.
+What the forward leaves (out, row_max, log_sum) comes from its kernel, whose logits are the backward's to the bit in float32.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from interpreter import checking
 
 from vitkernels import reference
 from vitkernels.kernels import attention_backward
+from vitkernels.kernels.attention import launch_attention_fwd
 from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
 
 pytestmark = KERNEL_TESTS
@@ -34,27 +35,14 @@ def inputs(B, N, M, H, Dh, dtype):
     return normal(B, N, H, Dh, dtype=dtype, std=3.0), *(normal(B, n, H, Dh, dtype=dtype) for n in (M, M, N))
 
 
-def statistics(q, k, v, bias, scale):
-    """out, row_max and log_sum of dense tensors; a row of -inf has 0, 0 and +inf.
-
-    From the float32 logits that kernels have, also those of the backward: an error that both share cancels in p.
-    """
-    s = scale * torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float())
-    if bias is not None:
-        s = s + bias.float()
-    s = s.double()
-    row_max = s.amax(-1)
-    row_max = row_max.where(row_max > -torch.inf, 0.0)
-    log_sum = (s - row_max[..., None]).exp().sum(-1).log()
-    log_sum = log_sum.where(log_sum > -torch.inf, torch.inf)
-    p = ((s - row_max[..., None]) - log_sum[..., None]).exp()
-    out = torch.einsum("bhnm,bmhd->bnhd", p, v.double())
-    return out.to(q.dtype).contiguous(), row_max.float().contiguous(), log_sum.float().contiguous()
+def statistics(q, k, v, bias, scale, allow_tf32=False):
+    """out, row_max and log_sum, which the forward leaves."""
+    return launch_attention_fwd(q, k, v, bias, None, 0, scale, allow_tf32)
 
 
 def launch(q, k, v, dout, bias=None, need_dbias=False, scale=None, allow_tf32=False):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    left = statistics(q, k, v, bias, scale)
+    left = statistics(q, k, v, bias, scale, allow_tf32)
     return launch_attention_bwd(dout, q, k, v, *left, bias, None, 0, scale, allow_tf32, need_dbias)
 
 
@@ -80,8 +68,8 @@ def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
 
 
 def change_config(monkeypatch, **changes):
-    config = attention_backward._config
-    monkeypatch.setattr(attention_backward, "_config", lambda *args: config(*args)._replace(**changes))
+    config = attention_backward.backward_config
+    monkeypatch.setattr(attention_backward, "backward_config", lambda *args: config(*args)._replace(**changes))
 
 
 BOTH_FORMS = pytest.mark.parametrize("one_program", [True, False], ids=["one program", "two launches"])

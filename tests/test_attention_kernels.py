@@ -34,19 +34,12 @@ def packed_qkv(B, N, H, Dh, dtype=torch.float32):
 
 
 def check_qkv(B, N, H, Dh, dtype, bias=None, **options):
-    """Outputs and gradients. Of a float32 bias not the gradient: PyTorch then keeps p from its forward, and whoever computes
-    logits of 10 again, as its own fused kernels do and ours, is off by more than twice its error (test_attention_backward.py
-    has that gradient).
-    """
-    fixed = bias if dtype == torch.float32 else None
-    inputs = [packed_qkv(B, N, H, Dh, dtype), None if fixed is not None else bias]
-
-    def call(attention, qkv, bias):
-        bias = fixed.to(qkv.dtype) if fixed is not None else bias
-        return attention(qkv, bias=bias, **options)
-
+    """Outputs and gradients, of the bias too."""
     assert_matches_reference(
-        lambda *a: call(kernel, *a), lambda *a: call(vk.reference.attention_qkv, *a), inputs, [draw(B, N, H, Dh)]
+        lambda qkv, bias: kernel(qkv, bias=bias, **options),
+        lambda qkv, bias: vk.reference.attention_qkv(qkv, bias=bias, **options),
+        [packed_qkv(B, N, H, Dh, dtype), bias],
+        [draw(B, N, H, Dh)],
     )
 
 

@@ -1,4 +1,5 @@
-"""Tiles of the backward kernels of attention: rows in and out, the bias, the probabilities and the gradient of the logits.
+"""Tiles of the backward kernels of attention: rows in and out, the bias, the probabilities and the gradient of the logits; and
+which packed image a block belongs to, of both directions.
 
 Equations are those of ``attention_backward.py``.
 """
@@ -110,9 +111,8 @@ def _p_and_ds(
         p = tl.exp2((s - row_max) * LOG2E - log2_sum)
     else:
         p = tl.exp2(s * (scale * LOG2E) - log2_sum)
-    if bias_pointers is None:
-        if key_mask is not None:
-            p = tl.where(key_mask, p, 0.0)
+    if key_mask is not None:
+        p = tl.where(key_mask, p, 0.0)
     dp = _inner(da, db, PARTS, PRECISION)
     return p, p * (dp - delta)
 
@@ -183,3 +183,16 @@ def _bias_tile(
             bias_ptr + query_offsets[:, None] + key_offsets[None, :],
             query_mask[:, None] & key_mask[None, :],
         )
+
+
+@triton.jit
+def _image_of_block(cu_seqlens_ptr, block, num_images, BLOCK: tl.constexpr):
+    # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, for any lengths, and total // BLOCK + B
+    # of them in all, which the host knows without reading a length.
+    image = -1
+    for first in tl.range(0, num_images, 256):
+        images = first + tl.arange(0, 256)
+        exists = images < num_images
+        starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
+        image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
+    return image

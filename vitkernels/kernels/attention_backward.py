@@ -21,17 +21,19 @@ shared memory of unrolled query blocks being another 100. No atomics, no float32
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_configs import backward_config, backward_parts, backward_tail
 from ._attention_tiles import (
     _add_product,
     _bias_tile,
     _delta,
+    _image_of_block,
     _load_rows,
     _load_statistics,
     _p_and_ds,
@@ -73,15 +75,17 @@ def _dq_step(
     if bias_ptr is None:
         pointers = None
         mask = None
+        key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
     else:
         pointers, mask = _bias_tile(
             bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
             QUERIES, KEYS, KEY_ONLY, False,
         )  # fmt: skip
-    key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
+        key_mask = None
     _, ds = _p_and_ds(
-        q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, NATURAL, PARTS, PRECISION
-    )
+        q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale,
+        NATURAL, PARTS, PRECISION,
+    )  # fmt: skip
     return _add_product(dq, ds, k, PARTS, PRECISION)
 
 
@@ -141,8 +145,9 @@ def _dkdv_step(
     # Keys x queries: p and ds are left operands straight from registers, and few last queries (197 = 3 * 64 + 5) are a
     # number of columns, which tensor cores take in steps of 8.
     p, ds = _p_and_ds(
-        k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale, NATURAL, PARTS, PRECISION
-    )
+        k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale,
+        NATURAL, PARTS, PRECISION,
+    )  # fmt: skip
     return _add_product(dk, ds, q, PARTS, PRECISION), _add_product(dv, p, dout, PARTS, PRECISION)
 
 
@@ -186,15 +191,8 @@ def _locate(cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK: tl.
         block = program % programs_per_head
         return tl.cast(image, tl.int64), tl.cast(head % num_heads, tl.int64), tl.cast(0, tl.int64), 0, block
     else:
-        # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, and total // BLOCK + B of them
-        # in all, which the host knows without reading a length. A spare one lies beyond the last row of its image.
         block = program // num_heads
-        image = -1
-        for first in range(0, num_images, 256):
-            images = first + tl.arange(0, 256)
-            exists = images < num_images
-            starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
-            image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
+        image = _image_of_block(cu_seqlens_ptr, block, num_images, BLOCK)  # a spare block lies beyond its image's last row
         start = tl.load(cu_seqlens_ptr + image)
         length = tl.load(cu_seqlens_ptr + image + 1) - start
         block = block - start // BLOCK - image
@@ -207,7 +205,8 @@ def _attention_bwd_kernel(
     statistics_ptr, dq_ptr, dk_ptr, dv_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dkv_strides, row_strides, bias_strides,
     num_queries, num_keys, num_heads, num_images, programs_per_head, scale,
-    ALONE: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
+    ALONE: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, NATURAL: tl.constexpr,
+    DH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, QUERY_STEP: tl.constexpr, QUERY_TAIL: tl.constexpr, KEY_STEP: tl.constexpr, KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -257,59 +256,6 @@ def _attention_bwd_kernel(
 
 
 # Launchers.
-
-
-class _Config(NamedTuple):
-    """How to run one shape.
-
-    ``block``: rows of dq, or of dk and dv, at a time. ``key_step``: keys that dq adds up at a time; ``query_step``: queries
-    that dk and dv add up at a time.
-    """
-
-    one_program: bool
-    block: int
-    query_step: int
-    key_step: int
-    num_warps: int
-    num_stages: int
-
-
-def _parts(arch: int, Dh: int, biased: bool) -> tuple[int, ...]:
-    """Widths that hold Dh channels: powers of two of 16 and more, largest first. 72 -> (64, 16), 88 and 96 -> (64, 32).
-
-    104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers.
-    """
-    if 96 < Dh <= 128 or (biased and arch not in (90, 100) and 80 < Dh <= 128):
-        return (128,)
-    padded = -(-Dh // 16) * 16
-    return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
-
-
-def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
-    """The largest tiles that compile without a spill (for Dh up to 128), read from the binaries.
-
-    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows. ``biased``: by
-    a bias for each query and key.
-    """
-    if dtype == torch.float32:  # no tensor cores
-        return _Config(False, 32, 32, 32, 8, 1)
-    alone = max(N, M) <= 320 and heads >= fills and not biased
-    if arch in (90, 100):  # operands in shared memory
-        if alone and Dh <= 80:
-            return _Config(True, 64, 32, 32, 4, 1)
-        if Dh <= 64:
-            return _Config(False, 64, 32, 64, 4, 2)
-        if Dh <= 80 or (Dh <= 96 and not biased):
-            return _Config(False, 64, 32, 32, 4, 2)
-        return _Config(False, 64, 16 if biased else 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
-    if Dh <= 64:  # operands in registers
-        return _Config(alone, 64, 16, 32, 4, 1 if alone or biased else 2)
-    return _Config(False, 32, 16, 32, 8, 1)
-
-
-def _tail(n: int, block: int) -> int:
-    """The smallest tile for what full blocks leave of ``n`` rows: 16 for 197 = 3 * 64 + 5."""
-    return max(16, triton.next_power_of_2(n % block)) if n % block else 0
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -409,14 +355,14 @@ def _launch(
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
     fills = 2 * multiprocessors(q.device)
     arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
-    config = _config(arch, q.dtype, B * H, N, M, Dh, fills, biased)
+    config = backward_config(arch, q.dtype, B * H, N, M, Dh, fills, biased, bias is None and not packed)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),
         **dict(zip(("dout_strides", "q_strides", "k_strides", "v_strides"), strides, strict=True)),
         **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
         **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
-        **{"UNIT": unit, "DH": Dh, "PARTS": _parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"UNIT": unit, "DH": Dh, "PARTS": backward_parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }
@@ -437,8 +383,8 @@ def _launch(
             # As the forward: float32 keeps the largest logit exact.
             NATURAL=bias is not None or q.dtype == torch.float32,
             **{"BLOCK": config.block, "QUERY_STEP": config.query_step, "KEY_STEP": config.key_step},
-            **{"MASKED": masked, "QUERY_TAIL": 0 if masked else _tail(N, config.query_step)},
-            KEY_TAIL=0 if masked else _tail(M, config.key_step),
+            **{"MASKED": masked, "QUERY_TAIL": 0 if masked else backward_tail(N, config.query_step)},
+            KEY_TAIL=0 if masked else backward_tail(M, config.key_step),
         )
 
     query_blocks, key_blocks = triton.cdiv(N, config.block), triton.cdiv(M, config.block)
