@@ -194,12 +194,15 @@ def _casts(runtime: types.ModuleType, tl: types.ModuleType) -> None:
 
 
 def _sum_in_order(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
-    """accumulator + a @ b as a GPU's ordinary units sum it: channel after channel, whatever the tile. BLAS rounds otherwise at
-    a tile's edges, so that the logits of a forward and of a backward with other tiles would differ."""
-    terms = np.empty((a.shape[-1] + 1, *accumulator.shape), np.float32)
-    terms[0] = accumulator
-    np.multiply(np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :], out=terms[1:])
-    return np.add.reduce(terms, axis=0)
+    """accumulator + a @ b as a GPU's ordinary units sum it: one fused multiply-add after the other, whatever the tile. BLAS
+    rounds otherwise at a tile's edges, so that the logits of a forward and of a backward with other tiles would differ."""
+    terms = np.moveaxis(a, -1, 0)[..., None].astype(np.float64) * np.moveaxis(b, -2, 0)[..., None, :]
+    wide, narrow = accumulator.astype(np.float64), np.empty(accumulator.shape, np.float32)
+    for term in terms:
+        wide += term
+        narrow[...] = wide
+        wide[...] = narrow
+    return narrow
 
 
 def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
