@@ -258,9 +258,9 @@ def test_results_depend_neither_on_the_run_nor_on_the_order_of_programs():
 
 @settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
-    batch=st.integers(0, 2),
+    batch=st.integers(1, 2),
     queries=st.integers(1, 90),
-    keys=st.integers(1, 150),
+    keys=st.integers(2, 150),  # of one key dq and dk are 0 and an error has no scale: test_attention_backward.py
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
