@@ -122,6 +122,7 @@ def test_attention_is_tuned_for_a_model_and_its_launchers_follow(monkeypatch, tm
     monkeypatch.setattr(tune, "_sampler", lambda device: Clock(monkeypatch, {"64": 0.5, "None": 0.5}))
     _tuned.forget()
     document = tuned(capsys, "test_vit", "--batch-sizes", "1")
+    assert document["rows"][0]["chosen"] == "streamed 128x64 w8 s3"
     assert [row["key"] for row in document["rows"]] == ["forward/32/128", "backward/32/128"]
     for row in document["rows"]:
         assert row["refused"] == row["broken"] == {}
@@ -133,4 +134,5 @@ def test_attention_is_tuned_for_a_model_and_its_launchers_follow(monkeypatch, tm
         saved = attention.launch_attention_fwd(*qkv.unbind(2), None, None, 0, 1.0, False)
         attention_backward.launch_attention_qkv_bwd(saved[0], qkv, *saved, None, None, 0, 1.0, False, False)
     _tuned.forget()
-    assert launched == ["_attention_fwd_kernel", *["_attention_bwd_kernel"] * 2], "by default one program has a head"
+    # By default K and V are resident, and one program has a head.
+    assert launched == ["_attention_stream_fwd_kernel", *["_attention_bwd_kernel"] * 2]
