@@ -193,6 +193,18 @@ def _casts(runtime: types.ModuleType, tl: types.ModuleType) -> None:
 # products and reductions
 
 
+def _sum_in_order(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
+    """accumulator + a @ b as a GPU's ordinary units sum it: one fused multiply-add after the other, whatever the tile. BLAS
+    rounds otherwise at a tile's edges, so that the logits of a forward and of a backward with other tiles would differ."""
+    terms = np.moveaxis(a, -1, 0)[..., None].astype(np.float64) * np.moveaxis(b, -2, 0)[..., None, :]
+    wide, narrow = accumulator.astype(np.float64), np.empty(accumulator.shape, np.float32)
+    for term in terms:
+        wide += term
+        narrow[...] = wide
+        wide[...] = narrow
+    return narrow
+
+
 def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
     dot, tf32 = runtime.InterpreterBuilder.create_dot, runtime._ir.INPUT_PRECISION.TF32
 
@@ -204,6 +216,8 @@ def _reductions(runtime: types.ModuleType, tl: types.ModuleType) -> None:
             product = np.matmul(_wide(lhs), _wide(rhs)) + accumulator.data
         elif _options.tf32 and input_precision == tf32 and lhs.dtype.scalar.is_fp32():
             product = np.matmul(truncate_to_tf32(lhs.data), truncate_to_tf32(rhs.data)) + accumulator.data
+        elif lhs.dtype.scalar.is_fp32() and accumulator.data.dtype == np.float32:
+            product = _sum_in_order(lhs.data, rhs.data, accumulator.data)
         else:
             return dot(self, lhs, rhs, accumulator, input_precision, *rest)
         return runtime.TensorHandle(product, accumulator.dtype.scalar)

@@ -1,4 +1,5 @@
-"""Tiles of the backward kernels of attention: rows in and out, the bias, the probabilities and the gradient of the logits.
+"""Tiles of the backward kernels of attention: rows in and out, the bias, the probabilities and the gradient of the logits; and
+which packed image a block belongs to, of both directions.
 
 Equations are those of ``attention_backward.py``.
 """
@@ -93,22 +94,25 @@ def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _p_and_ds(
     a, b, da, db, row_max, log2_sum, delta, bias_pointers, bias_mask, key_mask, scale,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Equations (4) and (6) for a tile a x b: queries x keys with da = dout, db = v, or keys x queries with da = v, db = dout.
 
     The statistics of a query that does not exist are 0 and +inf, which gives p = 0.
     """
     s = _inner(a, b, PARTS, PRECISION)
-    if bias_pointers is None:
-        p = tl.exp2(s * (scale * LOG2E) - log2_sum)
-        if key_mask is not None:
-            p = tl.where(key_mask, p, 0.0)
-    else:
+    if NATURAL:
         # In natural units up to row_max: in those of log 2, finfo.min would be -inf. And row_max apart from log2_sum, which
-        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0.
-        bias = tl.load(bias_pointers, mask=bias_mask, other=float("-inf"))
-        p = tl.exp2((s * scale + bias.to(tl.float32) - row_max) * LOG2E - log2_sum)
+        # a finfo.min would swallow. A row of -inf alone has 0 and +inf: p = 0. Without a bias for float32, whose largest p
+        # would be off by the rounding of a logit of 10 instead of exactly as in the forward: eager's dv, 3 times its error.
+        s = s * scale
+        if bias_pointers is not None:
+            s += tl.load(bias_pointers, mask=bias_mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp2((s - row_max) * LOG2E - log2_sum)
+    else:
+        p = tl.exp2(s * (scale * LOG2E) - log2_sum)
+    if key_mask is not None:
+        p = tl.where(key_mask, p, 0.0)
     dp = _inner(da, db, PARTS, PRECISION)
     return p, p * (dp - delta)
 
@@ -179,3 +183,16 @@ def _bias_tile(
             bias_ptr + query_offsets[:, None] + key_offsets[None, :],
             query_mask[:, None] & key_mask[None, :],
         )
+
+
+@triton.jit
+def _image_of_block(cu_seqlens_ptr, block, num_images, BLOCK: tl.constexpr):
+    # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, for any lengths, and total // BLOCK + B
+    # of them in all, which the host knows without reading a length.
+    image = -1
+    for first in tl.range(0, num_images, 256):
+        images = first + tl.arange(0, 256)
+        exists = images < num_images
+        starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
+        image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
+    return image

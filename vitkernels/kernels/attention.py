@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_configs import forward_config, forward_constants
+from ._attention_tiles import _image_of_block
 from ._device import architecture, multiprocessors
 
 if TYPE_CHECKING:
@@ -40,9 +42,6 @@ def _flops(q_ptr, num_keys, cu_seqlens_ptr=None, num_images=1, **_) -> int:
 
 
 FLOPS = {"_attention_fwd_kernel": _flops, "_attention_stream_fwd_kernel": _flops}
-
-# Chips (compute capability / 10) whose products read shared memory: elsewhere a resident K and V would fill the registers.
-_READS_SHARED = (9, 10)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -343,18 +342,6 @@ def _attention_fwd_kernel(
 
 
 @triton.jit
-def _image_of_tile(cu_seqlens_ptr, tile, num_images, BLOCK_M: tl.constexpr):
-    # Image b owns the tiles from cu_seqlens[b] // BLOCK_M + b on: at least as many as it fills, for any lengths, and
-    # total // BLOCK_M + B together, which the host knows without reading a length.
-    image = -1
-    for first in tl.range(0, num_images, 256):
-        images = first + tl.arange(0, 256)
-        starts = tl.load(cu_seqlens_ptr + images, mask=images < num_images, other=0)
-        image += tl.sum(((starts // BLOCK_M + images <= tile) & (images < num_images)).to(tl.int32), axis=0)
-    return image
-
-
-@triton.jit
 def _stream_step(
     row_max, row_sum, o0, o1, o2, q0, q1, q2, k_ptr, v_ptr, bias_ptr, start, row, num_queries, num_keys,
     k_row_stride, v_row_stride, bias_row_stride, bias_key_stride, scale,
@@ -428,7 +415,7 @@ def _attention_stream_fwd_kernel(
             bias_ptr += image * bias_batch_stride + head * bias_head_stride
     else:
         head = (program // num_tiles).to(tl.int64)
-        image = _image_of_tile(cu_seqlens_ptr, tile, num_images, BLOCK_M)
+        image = _image_of_block(cu_seqlens_ptr, tile, num_images, BLOCK_M)
         first_row = tl.load(cu_seqlens_ptr + image).to(tl.int64)
         num_queries = tl.load(cu_seqlens_ptr + image + 1) - first_row.to(tl.int32)
         num_keys = num_queries
@@ -473,72 +460,6 @@ def _attention_stream_fwd_kernel(
     )  # fmt: skip
 
 
-def _parts(head_dim: int) -> dict[str, int]:
-    """The head dim in up to three powers of two of 16 or more: 72 and 80 are 64 + 16, 104 is 64 + 32 + 16."""
-    padded = -(-head_dim // 16) * 16
-    parts = [width for width in (256, 128, 64, 32, 16) if padded & width]
-    if len(parts) > 3:
-        parts = [triton.next_power_of_2(padded)]
-    return dict(zip(("D0", "D1", "D2"), [*parts, 0, 0][:3], strict=True))
-
-
-def _key_blocks(num_keys: int) -> list[int]:
-    """Blocks of 128, then one of 64 if more than 64 keys are left, then the smallest that takes the rest: 128 + 64 + 16."""
-    blocks = [128] * (num_keys // 128)
-    rest = num_keys % 128
-    if rest > 64:
-        blocks, rest = [*blocks, 64], rest - 64
-    return [*blocks, max(16, triton.next_power_of_2(rest))] if rest else blocks
-
-
-def _block_m(num_queries: int, largest: int) -> int:
-    """The largest of 16, 32, 64 and 128 queries a tile that wastes no more rows than a smaller one: 128 at 197, 64 at 257."""
-    smallest = min(64, largest, max(16, triton.next_power_of_2(num_queries)))
-    return min((m for m in (128, 64, 32, 16) if smallest <= m <= largest), key=lambda m: -(-num_queries // m) * m)
-
-
-def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -> tuple[int, int, int]:
-    """The most queries a tile, keys a block, and stages of the pipeline: what the resource report shows not to spill."""
-    if dtype == torch.float32:  # multiplied without tensor cores, the operands held in registers
-        return 32, 16, 1
-    mma_sync = arch // 10 not in _READS_SHARED
-    if width > 128 or (width == 128 and full_bias and mma_sync):
-        return 64, 16 if full_bias else 32, 2
-    keys = 32 if full_bias or width == 112 or (mma_sync and width > 80) else 64
-    return 128, keys, 2 if mma_sync or full_bias else 3
-
-
-def _layout(q: Tensor, num_keys: int, biased: bool, full_bias: bool, packed: bool) -> tuple[bool, dict[str, int]]:
-    """Whether K and V stay resident, and the constants of that kernel with Triton's options."""
-    *images, num_queries, num_heads, head_dim = q.shape
-    parts = _parts(head_dim)
-    width, arch = sum(parts.values()), architecture(q.device)
-    blocks = _key_blocks(num_keys)
-    padded = sum(blocks)
-    # Registers a thread grow with the logits of all keys and the output: about 250 at 336 on sm_90, at 272 on sm_100.
-    one_pass = padded <= 256 and padded + width <= (272 if arch // 10 != 9 else 320 if biased else 336)
-    # Two programs share an SM as long as K, V and 64 queries are below 113 KB. A bias for each query takes registers too.
-    shared = (2 * padded + 64) * width * 2
-    fits = 1 <= len(blocks) <= 3 and shared <= 113 * 1024 and (one_pass or width <= 80) and not full_bias and not packed
-    if arch // 10 in _READS_SHARED and q.dtype != torch.float32 and fits and num_queries > 16:
-        tiles = triton.cdiv(num_queries, 64)
-        # A program takes more than one tile when there are two waves of two programs an SM.
-        splits = min(tiles, triton.cdiv(4 * multiprocessors(q.device), max(1, images[0] * num_heads)))
-        keys = dict(zip(("KEYS0", "KEYS1", "KEYS2"), [*blocks, 0, 0][:3], strict=True))
-        rest = {"BLOCK_M": 64, "LAST_MASKED": padded != num_keys, "ONLINE": not one_pass, "TILES": triton.cdiv(tiles, splits)}
-        return True, {**parts, **keys, **rest, "num_warps": 4, "num_stages": 1}
-    largest, block_n, stages = _stream_blocks(arch, q.dtype, width, full_bias)
-    block_m = min(largest, 64) if packed else _block_m(num_queries, largest)
-    if block_m == 16:  # one query: attention pooling
-        block_n, stages = min(block_n, 32), min(stages, 2)
-    rest = num_keys % block_n
-    tail = min(block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
-    options = {"num_warps": 8 if block_m == 128 else 4, "num_stages": stages}
-    if q.dtype == torch.float32 and block_m == 32 and width > 64:
-        options |= {"num_warps": 8, "maxnreg": 128}  # ptxas would rather spill 8 bytes for a third program on an SM
-    return False, {**parts, "BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail, **options}
-
-
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself if its channels are neighbours and a tile of its rows is within int32 offsets, else a copy."""
     near = x.stride(-3) < 2**24
@@ -571,12 +492,16 @@ def launch_attention_fwd(
     key_only = bias_strides[2] == 0
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
-    resident, constants = _layout(q, num_keys, bias is not None, bias is not None and not key_only, packed)
-    tiles = triton.cdiv(num_queries, constants["BLOCK_M"])
+    arch, full_bias, size = architecture(q.device), bias is not None and not key_only, (num_queries, num_keys, head_dim)
+    config = forward_config(arch, q.dtype, *size, bias is not None, full_bias, packed)
+    heads = num_heads * (1 if packed else images[0])
+    constants = forward_constants(config, heads, multiprocessors(q.device), q.dtype, *size, packed)
+    tiles = triton.cdiv(num_queries, config.block_m)
     common = {
         **constants,
         "UNIT": unit,
-        "NATURAL": bias is not None or scale <= 0,  # else the largest product is the largest logit
+        # Else the largest product is the largest logit. float32 as the backward needs it (_p_and_ds).
+        "NATURAL": bias is not None or scale <= 0 or q.dtype == torch.float32,
         "KEY_ONLY": key_only,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
         "DH": head_dim,
@@ -584,16 +509,16 @@ def launch_attention_fwd(
     }
     numbers = [*(s // unit for s in strides), *bias_strides, scale]
     # One axis of the grid, since only the first passes 65,535; neighbours share a head, so that its K and V are in L2.
-    if resident:
+    if config.resident:
         splits = triton.cdiv(tiles, constants["TILES"])
-        _attention_fwd_kernel[(images[0] * num_heads * splits,)](
+        _attention_fwd_kernel[(heads * splits,)](
             q, k, v, bias, out, row_max, log_sum, num_queries, num_keys, num_heads, splits, *numbers, **common
         )
         return out, row_max, log_sum
     num_images = cu_seqlens.numel() - 1 if packed else images[0]
     if packed:
-        tiles = num_queries // constants["BLOCK_M"] + num_images
-    _attention_stream_fwd_kernel[((1 if packed else num_images) * num_heads * tiles,)](
+        tiles = num_queries // config.block_m + num_images
+    _attention_stream_fwd_kernel[(heads * tiles,)](
         q, k, v, bias, cu_seqlens, out, row_max, log_sum, num_queries, num_keys, num_heads, num_images, tiles, *numbers,
         **common,
     )  # fmt: skip

@@ -21,17 +21,19 @@ shared memory of unrolled query blocks being another 100. No atomics, no float32
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_configs import backward_config, backward_parts, backward_tail
 from ._attention_tiles import (
     _add_product,
     _bias_tile,
     _delta,
+    _image_of_block,
     _load_rows,
     _load_statistics,
     _p_and_ds,
@@ -66,22 +68,24 @@ def _dq_step(
     dq, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
     bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, MASKED, DH, PARTS)
     v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, MASKED, DH, PARTS)
     if bias_ptr is None:
         pointers = None
         mask = None
+        key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
     else:
         pointers, mask = _bias_tile(
             bias_ptr, bias_query_stride, bias_key_stride, first_query, first_key, num_queries, num_keys,
             QUERIES, KEYS, KEY_ONLY, False,
         )  # fmt: skip
-    key_mask = (tl.arange(0, KEYS) < num_keys - first_key)[None, :] if MASKED else None
+        key_mask = None
     _, ds = _p_and_ds(
-        q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale, PARTS, PRECISION
-    )
+        q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale,
+        NATURAL, PARTS, PRECISION,
+    )  # fmt: skip
     return _add_product(dq, ds, k, PARTS, PRECISION)
 
 
@@ -90,8 +94,8 @@ def _dq_block(
     first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr, dq_ptr,
     dout_stride, q_stride, k_stride, v_stride, out_stride, dq_stride, bias_query_stride, bias_key_stride,
     num_queries, num_keys, scale,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY_TAIL: tl.constexpr, KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY_TAIL: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
+    NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of QUERIES queries, and their statistics."""
     q = _load_rows(q_ptr, first_query, q_stride, num_queries, QUERIES, True, DH, PARTS)
@@ -99,22 +103,22 @@ def _dq_block(
     out = _load_rows(out_ptr, first_query, out_stride, num_queries, QUERIES, True, DH, PARTS)
     delta = _delta(out, dout, PARTS)
     row_max, log2_sum = _store_statistics(
-        statistics_ptr, row_max_ptr, log_sum_ptr, delta, first_query, num_queries, bias_ptr is not None, QUERIES
+        statistics_ptr, row_max_ptr, log_sum_ptr, delta, first_query, num_queries, NATURAL, QUERIES
     )
 
     dq = _zeros(QUERIES, PARTS)
-    full = num_keys // KEYS * KEYS
+    full = num_keys if MASKED else num_keys // KEYS * KEYS
     for first_key in range(0, full, KEYS):
         dq = _dq_step(
             dq, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERIES, KEYS, False, KEY_ONLY, DH, PARTS, PRECISION,
+            QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
     if KEY_TAIL > 0:
         dq = _dq_step(
             dq, q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERIES, KEY_TAIL, True, KEY_ONLY, DH, PARTS, PRECISION,
+            QUERIES, KEY_TAIL, True, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
     _store_rows(dq_ptr, first_query, dq_stride, num_queries, dq, scale, QUERIES, DH, PARTS)
 
@@ -124,7 +128,7 @@ def _dkdv_step(
     dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
     bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     q = _load_rows(q_ptr, first_query, q_stride, num_queries, QUERIES, MASKED, DH, PARTS)
     dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, MASKED, DH, PARTS)
@@ -141,8 +145,9 @@ def _dkdv_step(
     # Keys x queries: p and ds are left operands straight from registers, and few last queries (197 = 3 * 64 + 5) are a
     # number of columns, which tensor cores take in steps of 8.
     p, ds = _p_and_ds(
-        k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale, PARTS, PRECISION
-    )
+        k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale,
+        NATURAL, PARTS, PRECISION,
+    )  # fmt: skip
     return _add_product(dk, ds, q, PARTS, PRECISION), _add_product(dv, p, dout, PARTS, PRECISION)
 
 
@@ -151,26 +156,26 @@ def _dkdv_block(
     first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
     dout_stride, q_stride, k_stride, v_stride, dkv_stride, bias_query_stride, bias_key_stride,
     num_queries, num_keys, scale,
-    QUERIES: tl.constexpr, QUERY_TAIL: tl.constexpr, KEYS: tl.constexpr, KEY_ONLY: tl.constexpr,
-    DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, QUERY_TAIL: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
+    NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of KEYS keys."""
     k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, True, DH, PARTS)
     v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, True, DH, PARTS)
     dk = _zeros(KEYS, PARTS)
     dv = _zeros(KEYS, PARTS)
-    full = num_queries // QUERIES * QUERIES
+    full = num_queries if MASKED else num_queries // QUERIES * QUERIES
     for first_query in range(0, full, QUERIES):
         dk, dv = _dkdv_step(
             dk, dv, k, v, first_query, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERIES, KEYS, False, KEY_ONLY, DH, PARTS, PRECISION,
+            QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
     if QUERY_TAIL > 0:
         dk, dv = _dkdv_step(
             dk, dv, k, v, full, first_key, q_ptr, dout_ptr, statistics_ptr, bias_ptr, q_stride, dout_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERY_TAIL, KEYS, True, KEY_ONLY, DH, PARTS, PRECISION,
+            QUERY_TAIL, KEYS, True, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
     _store_rows(dk_ptr, first_key, dkv_stride, num_keys, dk, scale, KEYS, DH, PARTS)
     _store_rows(dv_ptr, first_key, dkv_stride, num_keys, dv, 1.0, KEYS, DH, PARTS)
@@ -186,15 +191,8 @@ def _locate(cu_seqlens_ptr, num_heads, num_images, programs_per_head, BLOCK: tl.
         block = program % programs_per_head
         return tl.cast(image, tl.int64), tl.cast(head % num_heads, tl.int64), tl.cast(0, tl.int64), 0, block
     else:
-        # Image b owns blocks cu_seqlens[b] // BLOCK + b and up: never fewer than it fills, and total // BLOCK + B of them
-        # in all, which the host knows without reading a length. A spare one lies beyond the last row of its image.
         block = program // num_heads
-        image = -1
-        for first in range(0, num_images, 256):
-            images = first + tl.arange(0, 256)
-            exists = images < num_images
-            starts = tl.load(cu_seqlens_ptr + images, mask=exists, other=0)
-            image += tl.sum((exists & (starts // BLOCK + images <= block)).to(tl.int32), axis=0)
+        image = _image_of_block(cu_seqlens_ptr, block, num_images, BLOCK)  # a spare block lies beyond its image's last row
         start = tl.load(cu_seqlens_ptr + image)
         length = tl.load(cu_seqlens_ptr + image + 1) - start
         block = block - start // BLOCK - image
@@ -207,7 +205,8 @@ def _attention_bwd_kernel(
     statistics_ptr, dq_ptr, dk_ptr, dv_ptr,
     dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dkv_strides, row_strides, bias_strides,
     num_queries, num_keys, num_heads, num_images, programs_per_head, scale,
-    ALONE: tl.constexpr, UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
+    ALONE: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, KEY_ONLY: tl.constexpr, NATURAL: tl.constexpr,
+    DH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, QUERY_STEP: tl.constexpr, QUERY_TAIL: tl.constexpr, KEY_STEP: tl.constexpr, KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +239,7 @@ def _attention_bwd_kernel(
                 first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr,
                 dq_ptr, dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
                 out_strides[1] * UNIT, dq_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
-                BLOCK, KEY_STEP, KEY_TAIL, KEY_ONLY, DH, PARTS, PRECISION,
+                BLOCK, KEY_STEP, KEY_TAIL, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
             )  # fmt: skip
     if dq_ptr is not None and dk_ptr is not None:
         tl.debug_barrier()  # the statistics pass from thread to thread
@@ -252,64 +251,11 @@ def _attention_bwd_kernel(
                 first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
                 dout_strides[1] * UNIT, q_strides[1] * UNIT, k_strides[1] * UNIT, v_strides[1] * UNIT,
                 dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
-                QUERY_STEP, QUERY_TAIL, BLOCK, KEY_ONLY, DH, PARTS, PRECISION,
+                QUERY_STEP, QUERY_TAIL, BLOCK, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
             )  # fmt: skip
 
 
 # Launchers.
-
-
-class _Config(NamedTuple):
-    """How to run one shape.
-
-    ``block``: rows of dq, or of dk and dv, at a time. ``key_step``: keys that dq adds up at a time; ``query_step``: queries
-    that dk and dv add up at a time.
-    """
-
-    one_program: bool
-    block: int
-    query_step: int
-    key_step: int
-    num_warps: int
-    num_stages: int
-
-
-def _parts(arch: int, Dh: int, biased: bool) -> tuple[int, ...]:
-    """Widths that hold Dh channels: powers of two of 16 and more, largest first. 72 -> (64, 16), 88 and 96 -> (64, 32).
-
-    104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers.
-    """
-    if 96 < Dh <= 128 or (biased and arch not in (90, 100) and 80 < Dh <= 128):
-        return (128,)
-    padded = -(-Dh // 16) * 16
-    return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
-
-
-def _config(arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool) -> _Config:
-    """The largest tiles that compile without a spill (for Dh up to 128), read from the binaries.
-
-    ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows. ``biased``: by
-    a bias for each query and key.
-    """
-    if dtype == torch.float32:  # no tensor cores
-        return _Config(False, 32, 32, 32, 8, 1)
-    alone = max(N, M) <= 320 and heads >= fills and not biased
-    if arch in (90, 100):  # operands in shared memory
-        if alone and Dh <= 80:
-            return _Config(True, 64, 32, 32, 4, 1)
-        if Dh <= 64:
-            return _Config(False, 64, 32, 64, 4, 2)
-        if Dh <= 80 or (Dh <= 96 and not biased):
-            return _Config(False, 64, 32, 32, 4, 2)
-        return _Config(False, 64, 16 if biased else 32, 32, 8, 2) if Dh <= 128 else _Config(False, 64, 16, 16, 8, 1)
-    if Dh <= 64:  # operands in registers
-        return _Config(alone, 64, 16, 32, 4, 1 if alone or biased else 2)
-    return _Config(False, 32, 16, 32, 8, 1)
-
-
-def _tail(n: int, block: int) -> int:
-    """The smallest tile for what full blocks leave of ``n`` rows: 16 for 197 = 3 * 64 + 5."""
-    return max(16, triton.next_power_of_2(n % block)) if n % block else 0
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -409,18 +355,22 @@ def _launch(
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
     fills = 2 * multiprocessors(q.device)
     arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
-    config = _config(arch, q.dtype, B * H, N, M, Dh, fills, biased)
+    config = backward_config(arch, q.dtype, B * H, N, M, Dh, fills, biased, bias is None and not packed)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),
         **dict(zip(("dout_strides", "q_strides", "k_strides", "v_strides"), strides, strict=True)),
         **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
         **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
-        **{"UNIT": unit, "DH": Dh, "PARTS": _parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"UNIT": unit, "DH": Dh, "PARTS": backward_parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }
 
+    # One loop whose every step has masks, instead of a loop and a tail: with the tail as large as a step, which it is where the
+    # length is not known, what both need stays in registers (92 bytes of spills at Dh = 80; float32 784; 84 with a key mask).
+    crowded = bias is not None and Dh > 64 and (config.one_program or arch not in (90, 100))
+    masked = packed or q.dtype == torch.float32 or crowded
     dq_pass = {"out_ptr": out, "row_max_ptr": row_max, "log_sum_ptr": log_sum, "dq_ptr": dq}
     dkdv_pass = {"dk_ptr": dk, "dv_ptr": dv}
     absent = dict.fromkeys((*dq_pass, *dkdv_pass))
@@ -431,9 +381,11 @@ def _launch(
             **{"cu_seqlens_ptr": cu_seqlens, "row_strides": (0, N) if packed else (H * N, N)},
             **{"out_strides": out_strides, "dq_strides": dq_strides, "dkv_strides": dkv_strides},
             **{"programs_per_head": programs_per_head, "ALONE": config.one_program and not packed},
+            # As the forward: float32 keeps the largest logit exact.
+            NATURAL=bias is not None or q.dtype == torch.float32,
             **{"BLOCK": config.block, "QUERY_STEP": config.query_step, "KEY_STEP": config.key_step},
-            QUERY_TAIL=config.query_step if packed else _tail(N, config.query_step),
-            KEY_TAIL=config.key_step if packed else _tail(M, config.key_step),
+            **{"MASKED": masked, "QUERY_TAIL": 0 if masked else backward_tail(N, config.query_step)},
+            KEY_TAIL=0 if masked else backward_tail(M, config.key_step),
         )
 
     query_blocks, key_blocks = triton.cdiv(N, config.block), triton.cdiv(M, config.block)

@@ -91,8 +91,9 @@ def _attention_dbias_kernel(
             first_query, first_key, num_queries, num_keys, QUERIES, KEYS, KEY_ONLY, False,
         )  # fmt: skip
         _, ds = _p_and_ds(
-            q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, None, scale, PARTS, PRECISION
-        )
+            q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, None, scale,
+            True, PARTS, PRECISION,
+        )  # fmt: skip
         total += ds
 
     if SUM_QUERIES:
