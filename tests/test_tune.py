@@ -333,7 +333,7 @@ def test_bad_requests_are_one_line(clock, capsys, arguments, message):
 
 
 def test_a_models_gemms_are_its_cases():
-    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90") if case.stem == "linear"]
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90") if case.stem in ("linear", "patch_embed")]
     assert [case.key for case in cases] == [
         "act/192/64/256",
         "residual/64/192/256",
@@ -430,7 +430,7 @@ def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, ca
 
 def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypatch):
     monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, patch=0, image=160))
-    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"linear"}
+    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"attention", "linear"}
 
 
 @pytest.mark.slow

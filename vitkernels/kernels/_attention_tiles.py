@@ -78,7 +78,7 @@ def _inner(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b^T, over the channels of all parts."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(PARTS)):
-        product = tl.dot(a[i], tl.trans(b[i]), product, input_precision=PRECISION)
+        product += tl.dot(a[i], tl.trans(b[i]), input_precision=PRECISION)
     return product
 
 

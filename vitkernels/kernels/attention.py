@@ -90,9 +90,9 @@ def _load_rows(
 def _logits(q0, q1, q2, k0, k1, k2, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr):
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        s += tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
     if D2 > 0:
-        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+        s += tl.dot(q2, tl.trans(k2), input_precision=PRECISION)
     return s
 
 
