@@ -99,7 +99,7 @@ def fused_calls() -> Iterator["Calls"]:
     """Counts calls from fused blocks: ``.mlp``, one per fused forward (none while drop path drops), and ``.linear``."""
     module = vitkernels.models.block
     calls = Calls()
-    mlp, linear, normed_linear, projected_mlp = module.mlp, module.linear, module.normed_linear, module.projected_mlp
+    mlp, linear, projected_mlp = module.mlp, module.linear, module.projected_mlp
 
     def counting_mlp(*args, **kwargs):
         calls.mlp += 1
@@ -109,10 +109,6 @@ def fused_calls() -> Iterator["Calls"]:
         calls.linear += 1
         return linear(*args, **kwargs)
 
-    def counting_normed_linear(*args, **kwargs):
-        calls.linear += 1
-        return normed_linear(*args, **kwargs)
-
     def counting_both(*args, **kwargs):
         calls.mlp += 1
         calls.linear += 1
@@ -121,7 +117,6 @@ def fused_calls() -> Iterator["Calls"]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "mlp", counting_mlp)
         patch.setattr(module, "linear", counting_linear)
-        patch.setattr(module, "normed_linear", counting_normed_linear)
         patch.setattr(module, "projected_mlp", counting_both)
         yield calls
 

@@ -109,11 +109,6 @@ def _architecture(device_index: int) -> str:
 _architecture._dynamo_marked_constant = True
 
 
-def runs_reference(x: Tensor, has_cpu_kernel: bool = False) -> bool:
-    """Does every operator on ``x`` run PyTorch's, whatever its other arguments are?"""
-    return _backend == "reference" or (_backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu))
-
-
 def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:
     """Decide between kernel (``True``) and reference (``False``) for one call of ``op`` on ``x``.
 
@@ -128,7 +123,7 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
         ValueError: ``VITKERNELS_BACKEND`` names no policy.
     """
-    if runs_reference(x, has_cpu_kernel):
+    if _backend == "reference" or (_backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu)):
         return False
     _env.check_backend(_backend)
     reasons = why_not()

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from .. import _select
 from ..ops import attention, attention_qkv, linear, mlp
 from ..ops.folded_linear import folded_linear
-from ..ops.linear import normed_linear
 from ..ops.mlp import projected_mlp
 from . import _fold, _guard
 
-for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp", "normed_linear", "projected_mlp"):
+for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp", "projected_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -88,7 +87,7 @@ class FusedBlock(Block):
 
         folded = _fold.current(self) if self.inference else None
         if folded is None or folded.qkv is None:
-            packed = normed_linear(x, qkv.weight, qkv.bias, _norm(self.norm1))  # (B, N, 3*H*Dh)
+            packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
         else:
             packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv)
         q_norm, k_norm = attn.q_norm, attn.k_norm

@@ -378,13 +378,6 @@ def linear(
     )
 
 
-def normed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, Tensor | None, float]) -> Tensor:
-    """``linear`` of modules, whose shapes need no checks where PyTorch's operators run: 7 us on a CPU. Internal to blocks."""
-    if _select.runs_reference(x):
-        return reference.linear(x, weight, bias, norm=norm)
-    return linear(x, weight, bias, norm=norm)
-
-
 def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:
     """``drop_path`` has one element for each sample of ``x``."""
     _check.tensor(op, "drop_path", drop_path)

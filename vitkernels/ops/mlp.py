@@ -237,10 +237,6 @@ def projected_mlp(
         folded: fc1 with the LayerNorm in it, for calls without gradients.
     """
 
-    if _select.runs_reference(x):  # as in normed_linear: 9 us
-        x = reference.linear(heads, weight, bias, residual=x)
-        return reference.mlp(x, *parameters, eps=eps, act=act, recompute=recompute)
-
     def reasons() -> list[str]:
         return why_not(heads, weight, parameters[4], x, bias, *parameters)
 
