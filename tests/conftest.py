@@ -40,7 +40,7 @@ def _poison_seed_and_backend(request, monkeypatch):
     forward runs, on what the operators choose.
     """
     torch.manual_seed(0)
-    monkeypatch.setattr("vitkernels._select.leaves_to_pytorch", lambda x: False)
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", lambda x: False)
     on_gpu = torch.cuda.is_available() and request.node.get_closest_marker("gpu") is not None
     with poisoned(), torch.device("cuda") if on_gpu else contextlib.nullcontext():
         yield

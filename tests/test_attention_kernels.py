@@ -73,7 +73,7 @@ def test_dtypes_and_biases(bias, dtype):
 
 
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize(("N", "head_dim"), [(197, 64), (577, 72)])
+@pytest.mark.parametrize(("N", "head_dim"), [(197, 64), pytest.param(577, 72, marks=pytest.mark.slow)])
 def test_streamed_keys(streaming, N, head_dim, bias):
     check_qkv(1, N, 1, head_dim, bf16, BIASES[bias](1, 1, N, N, bf16))
 

@@ -160,7 +160,7 @@ def test_a_compiler_that_was_named_must_exist(tree):
 
 @needs_compiler
 def test_sources_that_do_not_compile_fail_the_build(tree):
-    (tree / "csrc/module.cpp").write_text("#error broken on purpose\n")
+    (tree / "csrc/pos_embed_cpu.cpp").write_text("#error broken on purpose\n")
     built = run(tree, "setup.py", "build_ext", "--inplace", VITKERNELS_BUILD_CUDA="0")
     assert built.returncode != 0
     assert "broken on purpose" in built.stdout + built.stderr

@@ -11,6 +11,7 @@ from torch import nn
 
 import vitkernels as vk
 from vitkernels.models import FUSED_CLASSES, FusedAttentionPool, FusedBlock, FusedPatchEmbed
+from vitkernels.ops import _availability
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -31,7 +32,7 @@ def outputs_and_gradients(model, images):
 
 
 IMAGES = torch.randn(2, 3, 32, 32)
-LEAVES_TO_PYTORCH = vk._select.leaves_to_pytorch
+LEAVES_TO_PYTORCH = _availability.leaves_to_pytorch
 
 
 def test_fuse_is_in_place_and_changes_classes_only():
@@ -303,7 +304,7 @@ def test_auto_leaves_the_blocks_of_a_cpu_to_timms_forward_and_keeps_a_promise_to
     def asked(*_, **__):
         raise AssertionError("an operator was asked")
 
-    monkeypatch.setattr("vitkernels._select.leaves_to_pytorch", LEAVES_TO_PYTORCH)  # the suite replaces it
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)  # the suite replaces it
     monkeypatch.setattr("vitkernels.models.block.linear", asked)
     model = small()
     expected = model(IMAGES)

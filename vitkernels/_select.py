@@ -137,11 +137,6 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
     return False
 
 
-def leaves_to_pytorch(x: object) -> bool:
-    """Will ``auto`` choose PyTorch's operators whatever the operator, since ``x`` is not on an NVIDIA GPU?"""
-    return _backend == "auto" and isinstance(x, Tensor) and target(x) is None
-
-
 def _report_once(op: str, reasons: list[str]) -> None:
     if torch.compiler.is_compiling():  # Dynamo cannot trace a logger
         return

@@ -23,8 +23,7 @@ from timm.layers import (
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .. import _select
-from ..ops import attention, attention_qkv, linear, mlp
+from ..ops import _availability, attention, attention_qkv, linear, mlp
 from ..ops.folded_linear import folded_linear
 from ..ops.mlp import projected_mlp
 from . import _fold, _guard
@@ -80,7 +79,7 @@ class FusedBlock(Block):
     def forward(self, x, attn_mask=None, is_causal=False):
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
-        if (_select.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
+        if (_availability.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)

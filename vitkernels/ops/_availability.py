@@ -1,7 +1,8 @@
-"""Which operators would run a kernel on a device: what ``vitkernels info`` and ``explain`` print."""
+"""Which operators would run a kernel on a device: what ``vitkernels info`` and ``explain`` print, and what blocks ask."""
 
 import torch
 
+from .. import _select
 from .attention import why_not as attention_why_not
 from .layer_norm import why_not as layer_norm_why_not
 from .linear import why_not as linear_why_not
@@ -29,3 +30,8 @@ def availability(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
         "resample_pos_embed": resampling,
         "resample_pos_embed_many": resampling,
     }
+
+
+def leaves_to_pytorch(x: object) -> bool:
+    """Will ``auto`` run PyTorch's operators for all of a block's work, since ``x`` is not on an NVIDIA GPU?"""
+    return _select._backend == "auto" and isinstance(x, torch.Tensor) and _select.target(x) is None
