@@ -54,6 +54,13 @@ def _found(arch: str, stem: str, key: str) -> dict[str, Any] | None:
     return None
 
 
+def any_gemm(arch: str, kind: str, N: int, K: int) -> bool:
+    """Whether ``gemm_key(kind, N, K, rows)`` has a fused GEMM for some number of rows."""
+    tables = (read(folder / f"{arch}.json").get("linear", {}) for folder in (_env.tuned_dir(), _SHIPPED))
+    start = f"{kind}/{N}/{K}/"
+    return any(key.startswith(start) and entry["plan"] != "cublas" for table in tables for key, entry in table.items())
+
+
 @functools.lru_cache
 def read(path: Path) -> dict[str, Any]:
     """A table file; empty if there is none or, with a warning, if it is not one of this format."""

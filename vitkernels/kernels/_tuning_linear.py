@@ -91,7 +91,7 @@ def _problem(kind: str, rows: int, N: int, K: int, arch: str, device: torch.devi
 
     def run() -> Tensor:
         if norm is not None:
-            return launch_folded_linear_fwd(x, *norm, _EPS, weight, bias, *folded, act, "auto", arch)
+            return launch_folded_linear_fwd(x, None, None, *norm, _EPS, weight, bias, *folded, act, "auto", arch)
         y, _ = launch_linear_fwd(x, weight, bias, act, None, None, residual, x.dtype, "none", False, "auto", arch)
         return y
 

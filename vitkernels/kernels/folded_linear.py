@@ -7,8 +7,20 @@ equals act(LN(x) @ weight^T + bias). colsum is that of the rounded product, in f
 large it is, and the rounding of weight' is all that folding adds, in place of that of LN(x), which it saves. (2) subtracts in
 the GEMM's accumulator, so a GEMM of cuBLAS, which rounds first, cannot take part: there LayerNorm runs as its own kernel.
 
-Bytes, M rows: statistics read M K s and write 8 M, where LayerNorm reads and writes M K s. Floor at ViT-B/16, B = 256, bfloat16
-on an H200 (4.3 TB/s): 18 us instead of 36.
+mean and rstd come from the GEMM that wrote x, where its launcher was asked for them. Its epilogue has the rows of a tile in
+registers, and writes of the n values v of a row that tile t stores, rounded as stored,
+
+    (3) m_t = sum of v / n,   s_t = sum of (v - m_t)^2
+
+A second kernel combines them by Chan's formula (Chan, Golub, LeVeque 1983, https://doi.org/10.1080/00031305.1983.10483115):
+
+    (4) mean = sum of n m_t / K,   variance = (sum of s_t + n (m_t - mean)^2) / K,   rstd = (variance + eps)^-1/2
+
+No difference of large sums: a mean of 30 sigma costs nothing. Where x came from something else, or columns do not fill their
+tiles (D = 192), one kernel reads x.
+
+Bytes, M rows: LayerNorm reads and writes M K s, the kernel that reads x moves M K s, and moments are 16 M a tile, written and
+read: 0.06 M K s for K = 768 in 6 tiles. Floor at ViT-B/16, B = 256, bfloat16 on an H200 (4.3 TB/s): 36, 18 and 1 us.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +37,10 @@ from . import layer_norm, linear
 if TYPE_CHECKING:
     from ._aot import Shape
 
-WRITES = {"_row_statistics_kernel": ("mean_ptr", "rstd_ptr")}
+WRITES = {
+    "_row_statistics_kernel": ("mean_ptr", "rstd_ptr"),
+    "_combine_moments_kernel": ("mean_ptr", "rstd_ptr"),
+}
 
 
 @triton.jit
@@ -42,11 +57,43 @@ def _row_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps), mask=rows < num_rows)
 
 
+@triton.jit
+def _combine_moments_kernel(
+    moments_ptr, mean_ptr, rstd_ptr, num_rows, tiles, eps, WIDTH: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr
+):
+    """Eq. (4). ``moments`` (tiles, 2, num_rows), of tiles of WIDTH columns; TILES: a power of two, at least ``tiles``."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.arange(0, TILES)
+    mask = (tile < tiles)[:, None] & (rows < num_rows)[None, :]
+    offsets = (tile.to(tl.int64) * 2 * num_rows)[:, None] + rows[None, :]
+    means = tl.load(moments_ptr + offsets, mask=mask, other=0.0)
+    squares = tl.load(moments_ptr + num_rows + offsets, mask=mask, other=0.0)
+    mean = tl.sum(means, axis=0) / tiles
+    distance = tl.where(mask, means - mean[None, :], 0.0)
+    variance = tl.sum(squares + distance * distance * WIDTH, axis=0) / (tiles * WIDTH)
+    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt_rn(variance + eps), mask=rows < num_rows)
+
+
+def _per_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+
+
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and rstd of each row of ``x`` (M, D), float32."""
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = layer_norm._tile(x.shape[1])
-    _row_statistics_kernel[(triton.cdiv(x.shape[0], tile["ROWS"]),)](x, mean, rstd, x.shape[0], x.stride(0), eps, **tile)
+    M, (mean, rstd), tile = x.shape[0], _per_row(x), layer_norm._tile(x.shape[1])
+    if M > 0:
+        _row_statistics_kernel[(triton.cdiv(M, tile["ROWS"]),)](x, mean, rstd, M, x.stride(0), eps, **tile)
+    return mean, rstd
+
+
+def _combined(moments: Tensor, y: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The same of ``y`` from the moments of its tiles of ``width`` columns."""
+    M, (mean, rstd), tiles = y.shape[0], _per_row(y), moments.shape[0]
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    _combine_moments_kernel[(triton.cdiv(M, 128),)](
+        moments, mean, rstd, M, tiles, eps, WIDTH=width, TILES=triton.next_power_of_2(tiles), ROWS=128, **options
+    )
     return mean, rstd
 
 
@@ -55,8 +102,35 @@ def config(x: Tensor, weight: Tensor, act: str | None, plan: str, arch: str) -> 
     return linear.config_of("norm" if act is None else "norm_act", x, weight, plan, arch)
 
 
+def launch_linear_statistics_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor,
+    eps: float,
+    plan: str,
+    arch: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """residual + layer_scale * (x @ weight^T + bias), and mean and rstd of its rows by equations (3) and (4)."""
+    rows, N = linear.matrix(x), weight.shape[0]
+    gemm = linear._config(None, layer_scale, residual, rows, weight, plan, arch)
+    if gemm is None or N % gemm.block_n or rows.shape[0] == 0:
+        options = (residual.dtype, "none", False, plan, arch)
+        y, _ = linear.launch_linear_fwd(x, weight, bias, None, layer_scale, None, residual, *options)
+        return y, *_statistics(y.view(-1, N), eps)
+    y = torch.empty(rows.shape[0], N, dtype=residual.dtype, device=x.device)
+    moments = torch.empty(N // gemm.block_n, 2, rows.shape[0], dtype=torch.float32, device=x.device)
+    bias, layer_scale = (None if t is None else t.contiguous() for t in (bias, layer_scale))
+    epilogue = (None, layer_scale, None, 1, linear.matrix(residual))
+    linear.gemm(gemm, rows, weight, bias, epilogue, y, None, False, moments=moments)
+    return y.view(residual.shape), *_combined(moments, y, gemm.block_n, eps)
+
+
 def launch_folded_linear_fwd(
     x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
@@ -69,7 +143,10 @@ def launch_folded_linear_fwd(
     plan: str,
     arch: str,
 ) -> Tensor:
-    """act(LN(x) @ weight^T + bias), by equation (2) where the table says so, else by the parameters themselves."""
+    """act(LN(x) @ weight^T + bias), by equation (2) where the table says so, else by the parameters themselves.
+
+    ``mean`` and ``rstd`` of x's rows, float32, or None where nobody has them yet.
+    """
     rows = linear.matrix(x)
     gemm = config(rows, folded_weight, act, plan, arch)
     if gemm is None:
@@ -77,20 +154,30 @@ def launch_folded_linear_fwd(
         return linear.launch_linear_fwd(h, weight, bias, act, None, None, None, x.dtype, "none", False, plan, arch)[0]
     y = torch.empty(rows.shape[0], folded_weight.shape[0], dtype=x.dtype, device=x.device)
     if rows.shape[0] > 0:
-        norm = (*_statistics(rows, eps), colsum)
-        linear.gemm(gemm, rows, folded_weight, folded_bias, (act, None, None, 1, None), y, None, False, norm)
+        mean, rstd = _statistics(rows, eps) if mean is None else (mean, rstd)
+        epilogue = (act, None, None, 1, None)
+        linear.gemm(gemm, rows, folded_weight, folded_bias, epilogue, y, None, False, (mean, rstd, colsum))
     return y.view(*x.shape[:-1], folded_weight.shape[0])
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and launch on ``meta`` tensors of the default configurations at qkv and fc1 of a ViT block of this shape."""
+    """Name and launch on ``meta`` tensors of the default configurations at the GEMMs of a ViT block of this shape."""
     M, D = shape.train_batch * shape.tokens, shape.width
     for name, N, act in (("qkv", 3 * D, None), ("fc1", shape.hidden, "gelu")):
         yield f"D={D} {name} folded", partial(_aot, M, N, D, act)
+    for name, K in (("proj", D), ("fc2", shape.hidden)):
+        yield f"D={D} {name} with statistics", partial(_aot_statistics, M, D, K)
 
 
 def _aot(M: int, N: int, K: int, act: str | None) -> None:
     arch = f"sm_{triton.runtime.driver.active.get_current_target().arch}"
     x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
     weight, sums = x.new_empty(N, K), x.new_empty(N, dtype=torch.float32)
-    launch_folded_linear_fwd(x, None, None, 1e-6, weight, None, weight, sums, sums, act, "triton", arch)
+    launch_folded_linear_fwd(x, None, None, None, None, 1e-6, weight, None, weight, sums, sums, act, "triton", arch)
+
+
+def _aot_statistics(M: int, N: int, K: int) -> None:
+    arch = f"sm_{triton.runtime.driver.active.get_current_target().arch}"
+    x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+    weight, residual, bias = x.new_empty(N, K), x.new_empty(M, N), x.new_empty(N)
+    launch_linear_statistics_fwd(x, weight, bias, None, residual, 1e-6, "triton", arch)

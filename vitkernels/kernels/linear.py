@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # The arguments that each kernel stores to; it loads from its other tensors (_recorder.py counts bytes by this).
 WRITES = {
-    "_linear_pointer_kernel": ("y_ptr", "z_ptr"),
-    "_linear_descriptor_kernel": ("y_ptr", "z_ptr"),
+    "_linear_pointer_kernel": ("y_ptr", "z_ptr", "moments_ptr"),
+    "_linear_descriptor_kernel": ("y_ptr", "z_ptr", "moments_ptr"),
     "_linear_epilogue_kernel": ("y_ptr",),
 }
 
@@ -123,6 +123,29 @@ def _epilogue(
 
 
 @triton.jit
+def _moments(y):
+    """Of each row of a tile, as stored: mean and sum of squared distances from it, eq. (3) of folded_linear.py."""
+    y = y.to(tl.float32)
+    mean = tl.sum(y, axis=1) * (1.0 / y.shape[1])
+    centred = y - mean[:, None]
+    return mean, tl.sum(centred * centred, axis=1)
+
+
+@triton.jit
+def _joined(mean, square, right_mean, right_square, WIDTH: tl.constexpr):
+    """Moments of a tile from those of its halves, WIDTH columns each: eq. (4) there, for two."""
+    step = right_mean - mean
+    return mean + step * 0.5, square + right_square + step * step * (WIDTH / 2)
+
+
+@triton.jit
+def _store_moments(moments_ptr, mean, square, tile_n, rows, M):
+    ptrs = moments_ptr + tile_n.to(tl.int64) * (2 * M) + rows
+    tl.store(ptrs, mean, mask=rows < M)
+    tl.store(ptrs + M, square, mask=rows < M)
+
+
+@triton.jit
 def _store(ptr, value, rows, cols, M, N):
     offsets = (rows.to(tl.int64) * N)[:, None] + cols[None, :]
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
@@ -148,6 +171,7 @@ def _linear_pointer_kernel(
     mean_ptr,
     rstd_ptr,
     colsum_ptr,
+    moments_ptr,
     ACT: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -185,14 +209,20 @@ def _linear_pointer_kernel(
     y = _epilogue(
         acc, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample, ACT, EXACT
     )
+    y = y.to(y_ptr.dtype.element_ty)
     _store(y_ptr, y, rows, cols, M, N)
+    if moments_ptr is not None:
+        mean, square = _moments(y)
+        _store_moments(moments_ptr, mean, square, tile_n, rows, M)
 
 
 @triton.jit
 def _store_part(
     part, first_row, first_col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT: tl.constexpr, EXACT: tl.constexpr,
+    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr,
+    ACT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    """Returns the moments of what it stores, zeros where nobody wants them."""
     rows = first_row + tl.arange(0, part.shape[0])
     cols = first_col + tl.arange(0, part.shape[1])
     if colsum_ptr is not None:
@@ -204,7 +234,13 @@ def _store_part(
     y = _epilogue(
         part, rows, cols, layer_scale_ptr, drop_path_ptr, residual_ptr, M, N, residual_stride, rows_per_sample, ACT, EXACT
     )
-    y_desc.store([first_row, first_col], y.to(y_desc.dtype))
+    y = y.to(y_desc.dtype)
+    y_desc.store([first_row, first_col], y)
+    mean = tl.zeros((part.shape[0],), tl.float32)
+    square = mean
+    if moments_ptr is not None:
+        mean, square = _moments(y)
+    return mean, square
 
 
 @triton.jit
@@ -216,24 +252,27 @@ def _halves(tile):
 @triton.jit
 def _store_parts(
     half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT: tl.constexpr, EXACT: tl.constexpr,
-    PARTS: tl.constexpr,
+    M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr,
+    ACT: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if PARTS == 1:
-        _store_part(
+        mean, square = _store_part(
             half, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
         )  # fmt: skip
     else:
         left, right = _halves(half)
-        _store_part(
+        mean, square = _store_part(
             left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
         )  # fmt: skip
-        _store_part(
+        right_mean, right_square = _store_part(
             right, row, col + half.shape[1] // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
+            M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
         )  # fmt: skip
+        if moments_ptr is not None:
+            mean, square = _joined(mean, square, right_mean, right_square, half.shape[1] // 2)
+    return mean, square
 
 
 @triton.jit
@@ -256,6 +295,7 @@ def _linear_descriptor_kernel(
     mean_ptr,
     rstd_ptr,
     colsum_ptr,
+    moments_ptr,
     ACT: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -282,20 +322,26 @@ def _linear_descriptor_kernel(
             acc = tl.dot(x, weight.T, acc)
 
         if SUBTILES == 1:
-            _store_part(
+            mean, square = _store_part(
                 acc, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
             )  # fmt: skip
         else:
             left, right = _halves(acc)
-            _store_parts(
+            mean, square = _store_parts(
                 left, row, col, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT, SUBTILES // 2,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
+                SUBTILES // 2,
             )  # fmt: skip
-            _store_parts(
+            right_mean, right_square = _store_parts(
                 right, row, col + BLOCK_N // 2, y_desc, z_desc, bias_ptr, layer_scale_ptr, drop_path_ptr, residual_ptr,
-                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, ACT, EXACT, SUBTILES // 2,
+                M, N, residual_stride, rows_per_sample, mean_ptr, rstd_ptr, colsum_ptr, moments_ptr, ACT, EXACT,
+                SUBTILES // 2,
             )  # fmt: skip
+            if moments_ptr is not None:
+                mean, square = _joined(mean, square, right_mean, right_square, BLOCK_N // 2)
+        if moments_ptr is not None:
+            _store_moments(moments_ptr, mean, square, tile_n, row + tl.arange(0, BLOCK_M), M)
 
 
 @triton.jit
@@ -475,9 +521,12 @@ def activate(z: Tensor, act: str | None, ones: int) -> Tensor:
 
 def gemm(
     config: GemmConfig, x, weight, bias, epilogue, y: Tensor | None, z: Tensor | None, allow_tf32: bool,
-    norm: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), moments: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Writes y and z. ``epilogue``: act, layer_scale, drop_path, its rows, residual; ``norm``: mean, rstd, colsum."""
+    """Writes y, z and the ``moments`` (tiles, 2, M) of y's rows in each tile of columns, which have to fill their tiles.
+
+    ``epilogue``: act, layer_scale, drop_path, its rows, residual; ``norm``: mean, rstd, colsum.
+    """
     act, layer_scale, drop_path, rows_per_sample, residual = epilogue
     if y is None:  # z alone is a GEMM with no epilogue but the bias
         y, z, act, layer_scale, drop_path, residual = z, None, None, None, None, None
@@ -500,11 +549,11 @@ def gemm(
     if config.kernel == "descriptor":
         triton.set_allocator(_scratch)  # each launch: it is kept in a context variable, which autograd's threads do not share
         programs = min(tiles, multiprocessors(x.device) * config.programs_per_sm)
-        _linear_descriptor_kernel[(programs,)](*tensors, *sizes, *norm, SUBTILES=config.subtiles, **options)
+        _linear_descriptor_kernel[(programs,)](*tensors, *sizes, *norm, moments, SUBTILES=config.subtiles, **options)
     else:
         precision = "tf32" if allow_tf32 else "ieee"
         even_k = K % config.block_k == 0
-        _linear_pointer_kernel[(tiles,)](*tensors, *sizes, *norm, PRECISION=precision, EVEN_K=even_k, **options)
+        _linear_pointer_kernel[(tiles,)](*tensors, *sizes, *norm, moments, PRECISION=precision, EVEN_K=even_k, **options)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 
 from . import _fold
 from .attention_pool import FusedAttentionPool
-from .block import FusedBlock
+from .block import FusedBlock, FusedBlocks
 from .naflexvit import FusedNaFlexEmbeds
 from .patch_embed import FusedPatchEmbed, FusedVisionTransformer
 
@@ -59,8 +59,13 @@ def set_inference(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         if isinstance(module, FusedBlock.stock):
             _fold.drop(module)
+        if type(module) is FusedBlocks:
+            module.__class__ = FusedBlocks.stock
     if on:
         _fold.fold_all([module for module in model.modules() if isinstance(module, FusedBlock)])
+        for module in model.modules():
+            if type(module) is FusedBlocks.stock and any(type(child) is FusedBlock for child in module.children()):
+                module.__class__ = FusedBlocks
 
 
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -24,11 +24,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..ops import _availability, attention, attention_qkv, linear, mlp
-from ..ops.folded_linear import folded_linear
-from ..ops.mlp import projected_mlp
+from ..ops.folded_linear import Folded, Statistics, folded_linear
+from ..ops.mlp import folded_mlp, projected_mlp
 from . import _fold, _guard
 
-for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "linear", "mlp", "projected_mlp"):
+for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "folded_mlp", "linear", "mlp", "projected_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -81,14 +81,33 @@ class FusedBlock(Block):
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
         if (_availability.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        folded = _fold.current(self) if self.inference else None
+        return self.fused(x, folded, attn_mask=attn_mask, is_causal=is_causal)[0]
+
+    def fused(
+        self,
+        x: Tensor,
+        folded: _fold.FoldedBlock | None,
+        statistics: Statistics | None = None,
+        follower: tuple[Folded, float] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Statistics | None]:
+        """The fused forward, for callers that have asked ``why_not`` and ``_fold.current``.
+
+        Args:
+            statistics: of ``x``'s rows, with norm1's eps; follower: as ``folded_mlp``.
+
+        Returns:
+            The block's output, and its rows' statistics for the follower.
+        """
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
 
-        folded = _fold.current(self) if self.inference else None
         if folded is None or folded.qkv is None:
             packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
         else:
-            packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv)
+            packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv, None, statistics)
         q_norm, k_norm = attn.q_norm, attn.k_norm
         if type(q_norm) is nn.Identity and type(k_norm) is nn.Identity:
             heads = _attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
@@ -100,15 +119,15 @@ class FusedBlock(Block):
         fc2_weight, fc2_bias, fc2_gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
         dropped, fc2_dropped = _draw(self.drop_path1, heads, gamma), _draw(self.drop_path2, heads, fc2_gamma)
         parameters = (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2_weight, fc2_bias)
-        folded_fc1 = None if folded is None else folded.fc1
-        if gamma is None and fc2_gamma is None and dropped is None and fc2_dropped is None:
-            return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp, folded_fc1)
+        undropped = dropped is None and fc2_dropped is None
+        if undropped and folded is not None and folded.fc1 is not None:
+            projection = (weight, bias, gamma)
+            return folded_mlp(heads, x, projection, parameters, fc2_gamma, norm2.eps, act, folded.fc1, follower)
+        if undropped and gamma is None and fc2_gamma is None:
+            return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
         x = linear(heads, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
-        if folded_fc1 is not None:
-            hidden = folded_linear(x, fc1.weight, fc1.bias, _norm(norm2), folded_fc1, act)
-            return linear(hidden, fc2_weight, fc2_bias, layer_scale=fc2_gamma, residual=x, drop_path=fc2_dropped)
         options = {"layer_scale": fc2_gamma, "drop_path": fc2_dropped, "recompute": self.recompute_mlp}
-        return mlp(x, *parameters, eps=norm2.eps, act=act, **options)
+        return mlp(x, *parameters, eps=norm2.eps, act=act, **options), None
 
     def train(self, mode=True):
         if mode and self.inference:
@@ -143,6 +162,49 @@ class FusedBlock(Block):
             if norm is not None and norm.__dict__.get("_fast_norm"):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
         return reasons
+
+
+class FusedBlocks(nn.Sequential):
+    """Blocks in a row, of which each tells the next the statistics of its output's rows; ``fuse(model, inference=True)``.
+
+    They are handed over here, and not on the tensor, because here nobody can have written to the tensor in between. A block
+    with hooks, or that runs timm's forward, is called as ever and gets and hands on none.
+    """
+
+    stock = nn.Sequential
+
+    @functools.wraps(nn.Sequential.forward)
+    def forward(self, input):
+        if not isinstance(input, Tensor) or _availability.leaves_to_pytorch(input):  # torch.fx traces with a proxy
+            return super().forward(input)
+        x, statistics, folded = input, None, None
+        del input
+        blocks = list(self._modules.values())
+        for block, follower in zip(blocks, [*blocks[1:], None], strict=True):
+            folded = folded or _folded_for_us(block)
+            if folded is None:
+                x, statistics = block(x), None
+                continue
+            following = None if follower is None else _folded_for_us(follower)
+            told = None if following is None else (following.qkv, follower.norm1.eps)
+            x, statistics = block.fused(x, folded, statistics, told)
+            folded = following
+        return x
+
+
+def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
+    """What ``block`` multiplies with if LayerNorm is in it and all that calling the block does is its fused forward."""
+    if type(block) is not FusedBlock or not block.inference or block._compiled_call_impl is not None:
+        return None
+    state = block.__dict__
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    if hooked or "forward" in state or type(block).forward is not _SHIPPED_FORWARD or block.why_not():
+        return None
+    folded = _fold.current(block)
+    return None if folded is None or folded.qkv is None or folded.fc1 is None else folded
+
+
+_SHIPPED_FORWARD = FusedBlock.forward
 
 
 def _attention_state(attn: Attention) -> list[str]:

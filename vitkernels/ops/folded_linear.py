@@ -12,6 +12,13 @@ from ._register import register
 from .linear import MIN_BYTES, PLANS, compute_dtype, flat, linear, why_not
 
 
+class Statistics(NamedTuple):
+    """Mean and rstd of rows, (M,) each, float32."""
+
+    mean: Tensor
+    rstd: Tensor
+
+
 class Folded(NamedTuple):
     """weight' (N, K) in the parameters' dtype, colsum and bias' (N,) in float32."""
 
@@ -28,35 +35,80 @@ def fold_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tens
     return Folded(folded, folded.float().sum(1), shift if bias is None else shift + bias.float())
 
 
-def _fake(x, norm_weight, norm_bias, eps, weight, bias, folded_weight, colsum, folded_bias, act, plan, arch) -> Tensor:
+def _fake(
+    x, mean, rstd, norm_weight, norm_bias, eps, weight, bias, folded_weight, colsum, folded_bias, act, plan, arch
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], folded_weight.shape[0])
 
 
-def _reference(x, norm_weight, norm_bias, eps, weight, bias, folded_weight, colsum, folded_bias, act, plan, arch) -> Tensor:
+def _reference(
+    x, mean, rstd, norm_weight, norm_bias, eps, weight, bias, folded_weight, colsum, folded_bias, act, plan, arch
+) -> Tensor:
     wide = x.to(torch.promote_types(torch.float32, x.dtype))
-    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+    if mean is None:
+        mean, rstd = _row_statistics(wide, eps)
+    mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
     product = torch.nn.functional.linear(wide, folded_weight.to(wide.dtype))
-    return ACTIVATIONS[act]((product - mean * colsum) * torch.rsqrt(variance + eps) + folded_bias).to(x.dtype)
+    return ACTIVATIONS[act]((product - mean * colsum) * rstd + folded_bias).to(x.dtype)
+
+
+def _row_statistics(wide: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(flat(wide), -1, correction=0)
+    return mean, torch.rsqrt(variance + eps)
 
 
 register(
-    "folded_linear_fwd(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias,"
-    " Tensor folded_weight, Tensor colsum, Tensor folded_bias, str? act, str plan, str arch) -> Tensor",
+    "folded_linear_fwd(Tensor x, Tensor? mean, Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight,"
+    " Tensor? bias, Tensor folded_weight, Tensor colsum, Tensor folded_bias, str? act, str plan, str arch) -> Tensor",
     fake=_fake,
     stem="folded_linear",
     reference=_reference,
 )
 
 
+def _statistics_fake(x, weight, bias, layer_scale, residual, eps, plan, arch) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (residual.new_empty(residual.numel() // residual.shape[-1], dtype=torch.float32) for _ in range(2))
+    return residual.new_empty(residual.shape), mean, rstd
+
+
+def _statistics_reference(x, weight, bias, layer_scale, residual, eps, plan, arch) -> tuple[Tensor, Tensor, Tensor]:
+    options = (residual.dtype, "none", False, plan, arch)
+    y, _ = torch.ops.vitkernels.linear_fwd(x, weight, bias, None, layer_scale, None, residual, *options)
+    return y, *_row_statistics(y.float(), eps)
+
+
+register(
+    "linear_statistics_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor residual, float eps, str plan,"
+    " str arch) -> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=_statistics_fake,
+    stem="folded_linear",
+    reference=_statistics_reference,
+)
+
+
 def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
-    """Whether a table has a folded GEMM for rows like ``x``'s. While compiling, which cannot ask, the launcher has to see."""
-    if torch.compiler.is_compiling():
-        return True
+    """Whether a table has a folded GEMM for as many rows as ``x``'s; while compiling, for any number of rows."""
+    weight = folded.weight
+    # The float32 stream of autocast would be rounded before its mean is subtracted; float32 has no rounding of LN(x) to save.
+    if not compute_dtype(x) == x.dtype == weight.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
     plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x)
     if plan != "auto" or arch is None:
         return plan == "triton"
+    N, K = weight.shape
+    if torch.compiler.is_compiling():
+        return _any_rows(arch, N, K, act)
     kernels = importlib.import_module("vitkernels.kernels.folded_linear")  # Triton, on a GPU only
-    return kernels.config(flat(x), folded.weight, act, plan, arch) is not None
+    rows = x.new_empty((x.numel() // K, K), device="meta")  # contiguous, as what a GEMM of ours writes, and its next one reads
+    return kernels.config(rows, weight, act, plan, arch) is not None
+
+
+def _any_rows(arch: str, N: int, K: int, act: str | None) -> bool:
+    tables = importlib.import_module("vitkernels.kernels._tuned")
+    return tables.any_gemm(arch, "norm" if act is None else "norm_act", N, K)
+
+
+_any_rows._dynamo_marked_constant = True  # Dynamo reads no files; as _select._architecture
 
 
 def folded_linear(
@@ -66,16 +118,36 @@ def folded_linear(
     norm: tuple[Tensor | None, Tensor | None, float],
     folded: Folded,
     act: str | None = None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """``linear(x, weight, bias, act=act, norm=norm)`` without gradients, by ``folded`` where that is as accurate and faster.
 
-    It is where ``x`` is float16 or bfloat16 itself: the float32 stream of autocast would be rounded before its mean is
-    subtracted, and float32 has no rounding of LN(x) to save.
+    ``statistics``: of ``x``'s rows, from ``linear_statistics`` with the norm's eps, for a caller who knows that this ``folds``.
     """
     others = (bias, *norm[:2], *folded)
-    here = compute_dtype(x) == x.dtype == folded.weight.dtype != torch.float32 and not torch.is_grad_enabled()
+    here = statistics is not None or folds(x, folded, act)
     if not here or not _select.use_kernel("linear", x, lambda: why_not(x, weight, *others, norm=True), MIN_BYTES):
         return linear(x, weight, bias, act=act, norm=norm)
     norm_weight, norm_bias, eps = norm
     settings = (act, _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or "")
-    return torch.ops.vitkernels.folded_linear_fwd(x, norm_weight, norm_bias, eps, weight, bias, *folded, *settings)
+    rows = (None, None) if statistics is None else statistics
+    return torch.ops.vitkernels.folded_linear_fwd(x, *rows, norm_weight, norm_bias, eps, weight, bias, *folded, *settings)
+
+
+def linear_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None, residual: Tensor, eps: float
+) -> tuple[Tensor, Statistics | None]:
+    """``linear(x, weight, bias, layer_scale=layer_scale, residual=residual)`` without gradients, and statistics of its rows.
+
+    No statistics where PyTorch's operators run. For callers whose next LayerNorm, of this eps, ``folds``: then everything is
+    of one 16-bit dtype.
+    """
+
+    def reasons() -> list[str]:
+        return why_not(x, weight, bias, layer_scale, residual)
+
+    if x.dtype != residual.dtype or not _select.use_kernel("linear", x, reasons, MIN_BYTES):
+        return linear(x, weight, bias, layer_scale=layer_scale, residual=residual), None
+    plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or ""
+    y, *rows = torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, layer_scale, residual, eps, plan, arch)
+    return y, Statistics(*rows)

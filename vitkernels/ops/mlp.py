@@ -14,7 +14,7 @@ from .. import _env, _select, reference
 from ..reference.linear import ACTIVATIONS
 from . import _check
 from ._register import register
-from .folded_linear import Folded, folded_linear, folds
+from .folded_linear import Folded, Statistics, folded_linear, folds, linear_statistics
 from .layer_norm import check_norm, shifted
 from .linear import (
     MIN_BYTES,
@@ -226,7 +226,6 @@ def projected_mlp(
     eps: float,
     act: str | None,
     recompute: bool = False,
-    folded: Folded | None = None,
 ) -> Tensor:
     """``mlp(x + heads @ weight^T + bias)``, the second half of a block without LayerScale and drop path. Internal to blocks.
 
@@ -234,7 +233,6 @@ def projected_mlp(
 
     Args:
         parameters: of LayerNorm, fc1 and fc2, in the order of ``mlp``.
-        folded: fc1 with the LayerNorm in it, for calls without gradients.
     """
 
     def reasons() -> list[str]:
@@ -242,12 +240,43 @@ def projected_mlp(
 
     narrow = x.dtype == heads.dtype == compute_dtype(x) != torch.float32
     owes = narrow and bias is not None and not _env.ADDMM_COPIES and _select.choose_plan(PLANS, lambda: "auto") != "triton"
-    owes = owes and (folded is None or not folds(x, folded, act))
     if owes and _select.use_kernel("mlp", x, reasons, MIN_BYTES):
         return _run(linear(heads, weight, residual=x), bias, parameters, eps, act, None, None, recompute)
-    x = linear(heads, weight, bias, residual=x)
-    if folded is None:
-        return mlp(x, *parameters, eps=eps, act=act, recompute=recompute)
+    return mlp(linear(heads, weight, bias, residual=x), *parameters, eps=eps, act=act, recompute=recompute)
+
+
+def folded_mlp(
+    heads: Tensor,
+    x: Tensor,
+    projection: tuple[Tensor, Tensor | None, Tensor | None],
+    parameters: Parameters,
+    layer_scale: Tensor | None,
+    eps: float,
+    act: str | None,
+    folded: Folded,
+    follower: tuple[Folded, float] | None,
+) -> tuple[Tensor, Statistics | None]:
+    """The second half of a block without gradients and drop path, by ``folded`` where a table says so. Internal to blocks.
+
+    Args:
+        projection: weight, bias and what is left of LayerScale; ``layer_scale``: the same of fc2.
+        parameters: of LayerNorm, fc1 and fc2, in the order of ``mlp``.
+        folded: fc1 with the LayerNorm in it.
+        follower: the next block's qkv with its LayerNorm in it, and that one's eps.
+
+    Returns:
+        The block's output and, for a follower that folds, statistics of its rows.
+    """
+    weight, bias, gamma = projection
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
-    hidden = folded_linear(x, fc1_weight, fc1_bias, (norm_weight, norm_bias, eps), folded, act)
-    return linear(hidden, fc2_weight, fc2_bias, residual=x)
+    if folds(x, folded, act):
+        x, statistics = linear_statistics(heads, weight, bias, gamma, x, eps)
+        norm = (norm_weight, norm_bias, eps)
+        hidden = folded_linear(x, fc1_weight, fc1_bias, norm, folded, act, statistics)
+        if follower is not None and folds(x, follower[0], None):
+            return linear_statistics(hidden, fc2_weight, fc2_bias, layer_scale, x, follower[1])
+        return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x), None
+    if gamma is None and layer_scale is None:
+        return projected_mlp(heads, x, weight, bias, parameters, eps, act), None
+    x = linear(heads, weight, bias, layer_scale=gamma, residual=x)
+    return mlp(x, *parameters, eps=eps, act=act, layer_scale=layer_scale), None
