@@ -43,7 +43,7 @@ def _compiling(monkeypatch):
 
 
 def set_min_bytes(monkeypatch, value):
-    for stem in ("layer_norm", "attention", "linear", "mlp"):
+    for stem in ("layer_norm", "attention", "linear", "mlp", "folded_linear"):
         monkeypatch.setattr(importlib.import_module(f"vitkernels.ops.{stem}"), "MIN_BYTES", value)
 
 
@@ -337,7 +337,9 @@ def test_json_of_a_workload(capsys):
     assert vit["eager"]["forward_units_per_block"] == pytest.approx(38, abs=0.1)
     assert vit["eager"]["saved_units_per_block"] == pytest.approx(16, abs=0.1)
     assert vit["autocast"]["forward_units_per_block"] == pytest.approx(52, abs=0.1)
-    assert list(vit["plans"]) == roofline._plan_names()
+    assert list(vit["plans"]) == [*roofline._plan_names(), "folded"]
+    units = {name: plan["forward_units_per_block"] for name, plan in vit["plans"].items()}
+    assert {name: round(count) for name, count in units.items()} == {"cublas": 34, "triton": 26, "folded": 22}
     assert vit["not_fused"] is None
     for path in (*(vit[name] for name in roofline.PATHS), *vit["plans"].values()):
         assert path.keys() == vit["eager"].keys()

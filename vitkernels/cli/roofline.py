@@ -23,6 +23,7 @@ from ._workloads import WORKLOADS
 
 BATCHES = (1, 8, 64, 256)
 PATHS = ("autocast", "fused_autocast", "eager", "fused")
+FOLDED = "folded"
 # Of the rates that a large GEMM and a copy reach: shares that reproduce timm's published compile/eager ratios within 2.5 % on
 # an H200 (attention: 330 of 790 TFLOP/s).
 ATTAINED_FLOPS = {"matrix products": 0.82, "attention": 0.42}
@@ -34,7 +35,8 @@ HOST_US, HOST_US_OURS = 6.0, 18.0
 _DESCRIPTION = """
 Count the operators of a timm ViT, stock and fused, on tensors without data: no GPU, no weights. Bytes are those of perfect
 caching within each operator, in bfloat16 (autocast: CUDA's, of float32 parameters), dropout off. Fused: with the plans that
-dispatch selects on that chip; every plan that operators declare is counted beside it, by name. Floor: every operator at the
+dispatch selects on that chip; every plan that operators declare is counted beside it, by name, and folded: plan triton after
+fuse(inference=True), of a block between two others, which hand row statistics on. Floor: every operator at the
 chip's rates. Predicted: at the shares of them that PyTorch's kernels reach, and not below the host's time to launch. Ideal:
 matrix products at the full rate, and nothing moved but images, weights and logits.
 """
@@ -109,6 +111,8 @@ def _model(name: str, batch: int, chip: Chip) -> dict[str, Any]:
     paths["fused"] = _path(fused, name, batch, unit, chip)
     forwards["fused"] = {b: _forward(fused, b, chip) for b in BATCHES}
     plans = {plan: _planned(plan, fused, name, batch, unit, chip) for plan in _plan_names()} if reason is None else {}
+    if plans:
+        plans[FOLDED] = _folded(fused, name, batch, unit, chip, plans["triton"])
     same = (plan for plan, path in plans.items() if path["block"] == paths["fused"]["block"])
     predicted = [_predicted(fused, b, forwards, chip) for b in BATCHES]
     paths["fused_autocast"] = _path(fused.to(torch.float32), name, batch, unit, chip, autocast=True)
@@ -131,6 +135,25 @@ def _plan_names() -> list[str]:
 def _planned(plan: str, fused: nn.Module, *arguments: Any) -> dict[str, Any]:
     with _select.planning(plan):
         return _path(fused, *arguments)
+
+
+def _folded(fused: nn.Module, name: str, batch: int, unit: int, chip: Chip, triton: dict[str, Any]) -> dict[str, Any]:
+    """Plan ``triton`` with other counts for the forward: the folded weights serve no training."""
+    from ..fuse import _looks_like_a_block, fuse
+    from ..models import FusedBlocks, InnerBlock
+
+    (args, kwargs), _ = _block_arguments(fused, _input(fused, batch), name)
+    fuse(fused, inference=True)
+    try:
+        block = next(m for m in fused.modules() if _looks_like_a_block(m))
+        told = any(isinstance(m, FusedBlocks) and block in m.children() for m in fused.modules())
+        with _select.planning("triton"):
+            forward = _ledger.count(InnerBlock(block) if told else block, args, kwargs, chip)
+            whole = _forward(fused, batch, chip)
+    finally:
+        fuse(fused)
+    found = _forward_counts(forward, whole, unit, chip)
+    return triton | found | {part: triton[part] | found[part] for part in ("block", "model")}
 
 
 def _on_meta(name: str) -> nn.Module:
@@ -185,22 +208,24 @@ def _path(model: nn.Module, name: str, batch: int, unit: int, chip: Chip, autoca
     train = _ledger.count(block, (x.detach().requires_grad_(), *rest), kwargs, chip, train=True, autocast=autocast)
     whole = _forward(model, batch, chip, autocast)
     whole_train = _ledger.count(model, (_input(model, batch),), {}, chip, train=True, autocast=autocast)
-    sums = _sums(forward.forward, unit, chip)
-    return {
-        "forward_units_per_block": sums["units"],
+    found = _forward_counts(forward, whole, unit, chip)
+    found["block"]["backward"] = [_row(o, unit, chip) for o in train.backward]
+    found["model"]["training"] = _sums([*whole_train.forward, *whole_train.backward], unit, chip)
+    found["model"]["saved_bytes"] = whole_train.saved_bytes
+    return found | {
         "backward_units_per_block": _sums(train.backward, unit, chip)["units"],
         "saved_units_per_block": train.saved_bytes / unit,
+    }
+
+
+def _forward_counts(block: Count, model: Count, unit: int, chip: Chip) -> dict[str, Any]:
+    sums = _sums(block.forward, unit, chip)
+    return {
+        "forward_units_per_block": sums["units"],
         "forward_launches_per_block": sums["launches"],
         "forward_floor_us_per_block": sums["floor_us"],
-        "block": {
-            "forward": [_row(o, unit, chip) for o in forward.forward],
-            "backward": [_row(o, unit, chip) for o in train.backward],
-        },
-        "model": {
-            "forward": _sums(whole.forward, unit, chip),
-            "training": _sums([*whole_train.forward, *whole_train.backward], unit, chip),
-            "saved_bytes": whole_train.saved_bytes,
-        },
+        "block": {"forward": [_row(o, unit, chip) for o in block.forward]},
+        "model": {"forward": _sums(model.forward, unit, chip)},
     }
 
 

@@ -2,7 +2,7 @@
 
 from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, unfuse_classes
 from .attention_pool import FusedAttentionPool
-from .block import FusedBlock, FusedBlocks
+from .block import FusedBlock, FusedBlocks, InnerBlock
 from .naflexvit import FusedNaFlexEmbeds
 from .patch_embed import FusedPatchEmbed, FusedVisionTransformer, clear_pixel_statistics, set_pixel_statistics, takes_uint8
 from .vision_transformer import VisionTransformer, vit_base, vit_huge, vit_large, vit_small, vit_tiny
@@ -16,6 +16,7 @@ __all__ = [
     "FusedNaFlexEmbeds",
     "FusedPatchEmbed",
     "FusedVisionTransformer",
+    "InnerBlock",
     "VisionTransformer",
     "clear_pixel_statistics",
     "fuse_classes",

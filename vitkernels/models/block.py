@@ -192,6 +192,21 @@ class FusedBlocks(nn.Sequential):
         return x
 
 
+class InnerBlock(nn.Module):
+    """A block that is told the statistics of its input and hands on its own: what ``vitkernels roofline`` counts."""
+
+    def __init__(self, block: FusedBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = _folded_for_us(self.block)
+        if folded is None:
+            return self.block(x)
+        statistics = Statistics(*(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2)))
+        return self.block.fused(x, folded, statistics, (folded.qkv, self.block.norm1.eps))[0]
+
+
 def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
     """What ``block`` multiplies with if LayerNorm is in it and all that calling the block does is its fused forward."""
     if type(block) is not FusedBlock or not block.inference or block._compiled_call_impl is not None:
