@@ -11,13 +11,13 @@ SCRIPT = """
 import json, sys
 from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.cli.inspect import _row
-from vitkernels.kernels import _aot, linear, linear_bwd
+from vitkernels.kernels import _aot, folded_linear, linear, linear_bwd
 
 rows = []
 for arch in (80, 90):
     with _aot.dry_run(arch) as compiled:
-        for N, K, name, act, kind in ((3072, 768, "fc1", "gelu", "bf16 train"), (768, 3072, "fc2", None, "autocast")):
-            linear._aot_gemm(128 * 197, N, K, name, act, kind, "triton")
+        linear._aot_gemm(128 * 197, 3072, 768, "fc1", "gelu", "bf16 train", "triton")
+        folded_linear._aot_statistics(128 * 197, 768, 3072)
         linear._aot_gemm(128 * 197, 3072, 768, "fc1", "gelu", "bf16 train", "cublas")
         linear._aot_gemm(128 * 257, 2730, 1024, "fc1", "gelu", "bf16 train", "triton")  # rows of 5460 bytes
         for launch in dict(linear_bwd.aot_launches(WORKLOADS[2])).values():
@@ -51,17 +51,17 @@ def assert_sound(row):
 
 
 def test_nothing_spills_and_shared_memory_suffices(rows):
-    assert len({row["kernel"] for row in rows}) == 6
+    assert len({row["kernel"] for row in rows}) == 7
     for row in rows:
         assert_sound(row)
 
 
 def test_hopper_multiplies_with_hgmma_and_loads_and_stores_with_tma(rows):
-    with_z, residual = gemms(rows, 90)  # the third takes the pointer kernel
-    for row in (with_z, residual):
+    with_z, with_moments = gemms(rows, 90)  # the third takes the pointer kernel
+    for row in (with_z, with_moments):
         assert row["mma"]["HGMMA"] > 0
         assert row["tma"] >= 6  # loads of x and weight, before and in the loop, and stores
-    assert with_z["tma"] > residual["tma"]
+    assert with_z["tma"] > with_moments["tma"]
     assert with_z["blocks_per_sm"] == 2, "one block's epilogue hides behind the other's products"
 
 

@@ -139,14 +139,14 @@ def linear_statistics(
 ) -> tuple[Tensor, Statistics | None]:
     """``linear(x, weight, bias, layer_scale=layer_scale, residual=residual)`` without gradients, and statistics of its rows.
 
-    No statistics where PyTorch's operators run. For callers whose next LayerNorm, of this eps, ``folds``: then everything is
-    of one 16-bit dtype.
+    No statistics where PyTorch's operators run. For callers whose next LayerNorm, of this eps, ``folds``.
     """
 
     def reasons() -> list[str]:
         return why_not(x, weight, bias, layer_scale, residual)
 
-    if x.dtype != residual.dtype or not _select.use_kernel("linear", x, reasons, MIN_BYTES):
+    of_one_dtype = x.dtype == residual.dtype == (residual if layer_scale is None else layer_scale).dtype
+    if not of_one_dtype or not _select.use_kernel("linear", x, reasons, MIN_BYTES):
         return linear(x, weight, bias, layer_scale=layer_scale, residual=residual), None
     plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or ""
     y, *rows = torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, layer_scale, residual, eps, plan, arch)

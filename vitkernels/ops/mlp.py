@@ -273,7 +273,7 @@ def folded_mlp(
         x, statistics = linear_statistics(heads, weight, bias, gamma, x, eps)
         norm = (norm_weight, norm_bias, eps)
         hidden = folded_linear(x, fc1_weight, fc1_bias, norm, folded, act, statistics)
-        if follower is not None and folds(x, follower[0], None):
+        if follower is not None and statistics is not None and folds(x, follower[0], None):
             return linear_statistics(hidden, fc2_weight, fc2_bias, layer_scale, x, follower[1])
         return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x), None
     if gamma is None and layer_scale is None:
