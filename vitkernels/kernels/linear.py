@@ -8,6 +8,8 @@ layer_scale * act(z). Bytes and floor, M rows, s bytes an element, p = 2 M N K F
 
 ViT-B/16 at B = 256, fc1 on an H200 (790 TFLOP/s, 4.3 TB/s): p = 238 GFLOP, 301 us; the pass over z that the epilogue saves
 costs 144 us, so a GEMM at 0.68 of cuBLAS's speed breaks even. A tuned table decides (``_tuned.py``); no entry is cuBLAS.
+cuBLASLt has an epilogue of its own, ``torch._addmm_activation``, for the tanh form of GELU, which no workload has: no plan uses
+it, and bench_linear.py measures it.
 
 The epilogue works on the float32 accumulator and rounds once. erf is a polynomial (``_activation.py``), since ``erf`` costs
 more instructions than the tensor cores leave idle. The descriptor kernel (sm_90 on) is persistent, and stores the tile in
