@@ -184,7 +184,6 @@ HOOKS = {
     "forward hook that writes": lambda block: block.register_forward_hook(write),
     "forward hook that replaces": lambda block: block.register_forward_hook(lambda m, args, out: 3 * out + 1),
     "forward of its own": lambda block: setattr(block, "forward", lambda x: 3 * FusedBlock.forward(block, x) + 1),
-    "module that is compiled": lambda block: block.compile(backend="eager"),
     "backward hook": lambda block: block.register_full_backward_hook(lambda *_: None),
 }
 
@@ -202,13 +201,17 @@ def test_a_block_that_is_more_than_its_forward_gets_and_hands_on_nothing(hook, p
         for block in model.blocks:
             expected = block(expected)
         torch.testing.assert_close(model.blocks(x), expected, atol=5e-2, rtol=2e-2)
-    if "compiled" not in hook:
-        found, _ = operators(model.blocks, x)
-        between = [True, True]
-        between[place] = False
-        if place == 1:
-            between[0] = False
-        assert handed_over(found)[2::2] == between
+    found, _ = operators(model.blocks, x)
+    assert handed_over(found)[2::2] == ([False, True] if place == 0 else [False, False])
+
+
+@on_a_cpu
+def test_a_block_that_is_compiled_by_itself_is_called(on_the_plan):
+    blocks, compiled = folded(depth=2).blocks, []
+    blocks[1].compile(backend=lambda graph, _: compiled.append(graph) or graph)
+    with torch.no_grad():
+        blocks(STREAM)
+    assert compiled
 
 
 @on_a_cpu
@@ -250,6 +253,26 @@ def test_gradients_and_autocast_hand_over_nothing(on_the_plan):
     with torch.autocast("cuda", torch.bfloat16):
         found, _ = operators(model.float().blocks, x.float())
     assert handed_over(found) == []
+
+
+@on_a_cpu
+def test_a_graph_of_torch_fx_trains_where_it_was_traced_without_gradients(on_the_plan):
+    blocks = folded(depth=2).blocks
+    with torch.no_grad():
+        traced = torch.fx.symbolic_trace(blocks)
+        names = {node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"}
+        torch.testing.assert_close(traced(STREAM), blocks(STREAM), atol=1e-2, rtol=2e-2)
+    assert {"folded_linear", "folded_mlp"} <= names
+    traced(STREAM).sum().backward()
+    assert all(p.grad is not None for p in blocks.parameters())
+
+
+@on_a_cpu
+def test_inputs_that_are_too_small_for_a_kernel_leave_no_statistics(on_the_plan, monkeypatch):
+    """fc2's input may be large enough, but who would read its output's statistics is not."""
+    monkeypatch.setattr(importlib.import_module("vitkernels.ops.folded_linear"), "MIN_BYTES", 2 * STREAM.numel() * 2)
+    found, _ = operators(folded(depth=2).blocks, STREAM)
+    assert not {"linear_statistics_fwd", "folded_linear_fwd"} & {name for name, _ in found}
 
 
 # The class of what holds the blocks.

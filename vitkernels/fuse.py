@@ -101,7 +101,8 @@ def fuse(
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
         inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
             bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
-            no state dict has; the parameters stay as they are. Changed parameters (``load_state_dict``, ``.half()``, a step of
+            no state dict has; the parameters stay as they are. In an ``nn.Sequential`` each block also tells the next its
+            output's row statistics, unless one of the two has hooks. Changed parameters (``load_state_dict``, ``.half()``, a step of
             an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them, and
             nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.

@@ -183,7 +183,7 @@ class FusedBlocks(nn.Sequential):
         for block, follower in zip(blocks, [*blocks[1:], None], strict=True):
             folded = folded or _folded_for_us(block)
             if folded is None:
-                x, statistics = block(x), None
+                x = block(x)
                 continue
             following = None if follower is None else _folded_for_us(follower)
             told = None if following is None else (following.qkv, follower.norm1.eps)
