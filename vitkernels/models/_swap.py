@@ -55,7 +55,8 @@ def set_recompute_mlp(model: nn.Module, on: bool) -> None:
 
 
 def set_inference(model: nn.Module, on: bool) -> None:
-    """Whether blocks multiply with folded copies of their parameters. A block that does not has no attribute of ours."""
+    """Whether blocks multiply with folded copies of their parameters, and an ``nn.Sequential`` of blocks has them hand row
+    statistics on. A block that does not has no attribute of ours."""
     for module in model.modules():
         if isinstance(module, FusedBlock.stock):
             _fold.drop(module)
