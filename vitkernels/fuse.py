@@ -102,9 +102,9 @@ def fuse(
         inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
             bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
             no state dict has; the parameters stay as they are. In an ``nn.Sequential`` each block also tells the next its
-            output's row statistics, unless one of the two has hooks. Changed parameters (``load_state_dict``, ``.half()``, a step of
-            an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see them, and
-            nobody sees writes through ``parameter.data``.
+            output's row statistics, unless one of the two has hooks. Changed parameters (``load_state_dict``, ``.half()``, a
+            step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
+            them, and nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
         input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
             and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as

@@ -111,7 +111,7 @@ def _model(name: str, batch: int, chip: Chip) -> dict[str, Any]:
     paths["fused"] = _path(fused, name, batch, unit, chip)
     forwards["fused"] = {b: _forward(fused, b, chip) for b in BATCHES}
     plans = {plan: _planned(plan, fused, name, batch, unit, chip) for plan in _plan_names()} if reason is None else {}
-    if plans:
+    if "triton" in plans:
         plans[FOLDED] = _folded(fused, name, batch, unit, chip, plans["triton"])
     same = (plan for plan, path in plans.items() if path["block"] == paths["fused"]["block"])
     predicted = [_predicted(fused, b, forwards, chip) for b in BATCHES]
