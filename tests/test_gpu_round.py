@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_what_failed_is_repeated(play):
     assert play("", name="models")[1]["status"] == "ok"
 
 
-def test_a_step_over_its_time_is_interrupted_and_keeps_what_it_has(play, tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])  # where shells have Ctrl-C ignored
+def test_a_step_over_its_time_is_interrupted_and_keeps_what_it_has(play, tmp_path, in_background):
     script = """
 import os, pathlib, time
 try:
@@ -104,7 +106,11 @@ try:
 except KeyboardInterrupt:
     pathlib.Path(os.environ["SCRATCH"], "result.json").write_text('{"benchmarks": [], "kept": 1}')
 """
-    code, step = play(script, "print('never')", name="kernels", seconds=2.0, least=1.0)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        code, step = play(script, "print('never')", name="kernels", seconds=2.0, least=1.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, step["status"], step["ok"]) == (0, "timeout", False)
     assert json.loads((tmp_path / "kernels.json").read_text())["kept"] == 1
     assert "never" not in (tmp_path / "round.log").read_text()  # its time is over, so the next command is not begun

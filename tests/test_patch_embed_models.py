@@ -5,6 +5,7 @@
 
 import copy
 import functools
+import inspect
 import io
 
 import pytest
@@ -24,7 +25,7 @@ import vitkernels as vk
 from vitkernels import _select
 from vitkernels.cli import _ledger
 from vitkernels.cli._chips import CHIPS
-from vitkernels.models import FusedPatchEmbed, FusedVisionTransformer, load_vit_pytorch
+from vitkernels.models import FusedNaFlexEmbeds, FusedPatchEmbed, FusedVisionTransformer, load_vit_pytorch
 from vitkernels.models.patch_embed import linear_as_convolution
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -395,19 +396,98 @@ def test_a_linear_patchifier_is_a_convolution_by_permutation(stem_kernel):
     torch.testing.assert_close(mine, linear.weight.grad, atol=1e-3, rtol=1e-4)
 
 
-def test_naflex_embeddings_with_a_linear_projection_are_one_operator(stem_kernel):
-    """timm's NaFlexVit on whole images: patches copied, projected, positions added to the patches alone, tokens before them."""
-    embeds = NaFlexEmbeds(8, embed_dim=48, proj_type="linear", reg_tokens=2, pos_embed_grid_size=(3, 5))
-    x, prefix = torch.randn(2, 3, 24, 40), torch.cat([embeds.cls_token, embeds.reg_token], dim=1)
-    expected, _ = embeds(x)
-    weight = linear_as_convolution(embeds.proj.weight, embeds.patch_size)
-    positions = embeds.pos_embed.flatten(1, 2)
-    got = vk.ops.patch_embed(x, weight, embeds.proj.bias, prefix_tokens=prefix, pos_embed=positions, pos_embed_prefix=False)
+NAFLEX = {
+    "linear": {"proj_type": "linear"},
+    "linear, channels first": {"proj_type": "linear", "channels_last": False},
+    "convolution": {"proj_type": "conv"},
+    "registers": {"proj_type": "linear", "reg_tokens": 2},
+    "no prefix": {"proj_type": "linear", "class_token": False},
+    "rectangular": {"proj_type": "linear", "patch_size": (8, 4)},
+}
+
+
+def naflex_embeds(**arguments):
+    """timm's NaFlexEmbeds, and the fused one with the same parameters."""
+    if "channels_last" in arguments and "channels_last" not in inspect.signature(NaFlexEmbeds).parameters:
+        pytest.skip("this timm has one order of a patch")
+    stock = NaFlexEmbeds(**{"patch_size": 8, "embed_dim": 48, "pos_embed_grid_size": (3, 5)} | arguments)
+    fused = copy.deepcopy(stock)
+    fused.__class__ = FusedNaFlexEmbeds
+    return stock, fused
+
+
+@pytest.mark.parametrize("size", [(24, 40), (16, 48)], ids=str)
+@pytest.mark.parametrize("case", NAFLEX)
+def test_naflex_embeddings_of_whole_images_are_one_operator(stem_kernel, case, size):
+    """timm copies patches, projects, adds positions to the patches alone, puts tokens before them."""
+    stock, fused = naflex_embeds(**NAFLEX[case])
+    x = torch.randn(2, 3, *size)
+    (got, grid), (expected, expected_grid) = fused(x), stock(x)
+    assert grid == tuple(expected_grid)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    leaves, dout = list(embeds.parameters()), torch.randn_like(got)
-    for a, b in zip(*(torch.autograd.grad(out, leaves, dout) for out in (got, expected)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert stem_kernel == ["patch_embed"]
+    dout = torch.randn_like(got)
+    for out in (got, expected):
+        out.backward(dout)
+    for (name, a), b in zip(fused.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert stem_kernel.count("patch_embed") == 1
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_naflex_embeddings_in_bfloat16_have_timms_dtype(stem_kernel, autocast, class_token):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    stock, fused = (module.to(dtype) for module in naflex_embeds(proj_type="linear", class_token=class_token))
+    x = torch.randn(2, 3, 24, 40, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, expected = (module(x)[0] for module in (fused, stock))
+    assert_within_budget("tokens", got, expected, stock.double()(x.double())[0])
+
+
+def test_naflex_embeddings_leave_to_timm_what_is_no_whole_image(stem_kernel):
+    coordinates = torch.stack([torch.arange(6) // 3, torch.arange(6) % 3], dim=1).expand(2, 6, 2)
+    calls = {
+        "conv": (torch.randn(2, 3, 22, 40),),  # padded; with a linear projection timm 1.0.26 cannot
+        "linear": (torch.randn(2, 6, 192), coordinates),
+    }
+    for proj_type, args in calls.items():
+        stock, fused = naflex_embeds(proj_type=proj_type, dynamic_img_pad=True)
+        torch.testing.assert_close(fused(*args)[0], stock(*args)[0], atol=1e-5, rtol=1e-5)
+    assert "patch_embed" not in stem_kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"proj_norm_layer": LayerNorm}, "norm is a timm LayerNorm"),
+        ({"input_norm_layer": LayerNorm}, "norm_input comes before proj"),
+        ({"hook": True}, "proj has hooks"),
+    ],
+    ids=str,
+)
+def test_naflex_embeddings_with_other_layers_between_take_timms_steps(stem_kernel, arguments, reason):
+    hooked = arguments.pop("hook", False)
+    stock, fused = naflex_embeds(proj_type="linear", **arguments)
+    for module in (stock, fused) if hooked else ():
+        module.proj.register_forward_hook(lambda module, args, out: 2 * out)
+    x = torch.randn(2, 3, 24, 40)
+    torch.testing.assert_close(fused(x)[0], stock(x)[0], atol=1e-5, rtol=1e-5)
+    assert "patch_embed" not in stem_kernel
+    (found,) = fused.why_not_merged()
+    assert reason in found
+
+
+def test_a_naflexvit_runs_its_stem_as_one_operator_and_says_so(stem_kernel):
+    sizes = {"embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 5, "pos_embed_grid_size": (4, 4)}
+    stock = timm.create_model("naflexvit_base_patch16_gap", **sizes).eval()
+    fused, x = vk.fuse(copy.deepcopy(stock)), torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(fused(x), stock(x), atol=2e-5, rtol=2e-5)
+    assert stem_kernel.count("patch_embed") == 1
+    (stem,) = (m for m in vk.explain(fused).modules if m.name == "embeds")
+    assert stem.state == "fused"
+    fused.embeds.proj.register_forward_hook(lambda *_: None)
+    (stem,) = (m for m in vk.explain(fused).modules if m.name == "embeds")
+    assert stem.state == "fused; positions in timm's own step: proj has hooks"
 
 
 def test_weights_of_vit_pytorchs_linear_run_through_the_kernel(stem_kernel):

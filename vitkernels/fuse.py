@@ -261,8 +261,10 @@ def _reasons(name: str, module: nn.Module) -> list[str] | None:
 
 def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:
     """Why a fused patch embedding is not merged with what timm's ``_pos_embed`` does; empty for a block."""
-    from .models import FusedPatchEmbed, FusedVisionTransformer
+    from .models import FusedNaFlexEmbeds, FusedPatchEmbed, FusedVisionTransformer
 
+    if isinstance(module, FusedNaFlexEmbeds):
+        return module.why_not_merged()
     owner = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(module, FusedPatchEmbed) or owner is module:
         return []

@@ -1,6 +1,7 @@
-"""timm's ``NaFlexEmbeds`` with its learned positions resampled by the operators: all sizes of a batch in one launch.
+"""timm's ``NaFlexEmbeds`` on the operators: whole images in one, learned positions of a mixed batch in one launch.
 
-timm loops over the grid sizes of a batch, five launches each, after two host synchronisations per image.
+timm copies an image into patches, projects, adds positions and concatenates prefix tokens, each a pass of its own. For a
+mixed batch it loops over the grid sizes, five launches each, after two host synchronisations per image.
 """
 
 import functools
@@ -8,24 +9,52 @@ import functools
 import torch
 from timm.layers import disable_compiler
 from timm.models.naflexvit import NaFlexEmbeds
+from torch import nn
 
-from ..ops import resample_pos_embed_many
+from ..ops import _availability, patch_embed, resample_pos_embed_many
+from ..ops.linear import compute_dtype
 from . import _guard
-
-torch.fx.wrap("resample_pos_embed_many")
+from .patch_embed import linear_as_convolution
 
 _MODES = ("bicubic", "bilinear")
+_PARTS: _guard.Parts = (("proj", (nn.Linear, nn.Conv2d)), ("norm", (nn.Identity,)))
+_SHIPPED_FORWARDS = _guard.shipped_forwards(NaFlexEmbeds, *_PARTS)
 _SHIPPED = tuple(
     (name, getattr(NaFlexEmbeds, name)) for name in ("_apply_learned_naflex_pos_embed", "_apply_learned_pos_embed")
 )
 
 
 class FusedNaFlexEmbeds(NaFlexEmbeds):
-    """``timm.models.naflexvit.NaFlexEmbeds``: projection and prefix tokens are timm's, learned positions ours."""
+    """``timm.models.naflexvit.NaFlexEmbeds``; patches that come cut out already are projected by timm's layer."""
 
-    stock = NaFlexEmbeds  # unannotated: TorchScript reads timm's annotations through the instance
+    stock = NaFlexEmbeds
 
-    # wraps: inspect and TorchScript, which compiles source, see timm's methods.
+    # wraps: inspect sees timm's methods.
+    @functools.wraps(NaFlexEmbeds.forward)
+    def forward(self, x, patch_coord=None, patch_valid=None):
+        patch_h, patch_w = self.patch_size
+        whole = patch_coord is None and x.dim() == 4 and x.shape[2] % patch_h == 0 and x.shape[3] % patch_w == 0
+        if not whole or _availability.leaves_to_pytorch(x) or self.why_not_merged():
+            return super().forward(x, patch_coord=patch_coord, patch_valid=patch_valid)
+        proj, grid = self.proj, (x.shape[2] // patch_h, x.shape[3] // patch_w)
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = patch_embed(
+            x,
+            self._convolution(),
+            proj.bias,
+            prefix_tokens=torch.cat(prefix, dim=1) if prefix else None,
+            pos_embed=self._resampled([grid], None)[None].to(compute_dtype(proj.weight)),
+            pos_embed_prefix=False,
+        )
+        return self.pos_drop(tokens), grid
+
+    def _convolution(self):
+        if type(self.proj) is nn.Conv2d:
+            return self.proj.weight
+        if getattr(self, "channels_last", True):  # timm 1.0.26 has no choice
+            return linear_as_convolution(self.proj.weight, self.patch_size)
+        return self.proj.weight.unflatten(1, (self.in_chans, *self.patch_size))
+
     @disable_compiler
     @functools.wraps(NaFlexEmbeds._apply_learned_naflex_pos_embed)
     def _apply_learned_naflex_pos_embed(self, x, patch_coord):
@@ -54,6 +83,14 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             preserve_aspect_ratio=self.pos_embed_ar_preserving,
             pad_to=pad_to,
         )
+
+    def why_not_merged(self) -> list[str]:
+        """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""
+        reasons = self.why_not() + _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons += _guard.children(self, "", _PARTS)
+        if self.norm_input is not None:
+            reasons.append("norm_input comes before proj")
+        return reasons
 
     def why_not(self) -> list[str]:
         """Reasons why positions would be resampled by timm now; empty when ours runs. Also works on a stock module."""
