@@ -361,3 +361,20 @@ def test_offsets_beyond_32_bits(monkeypatch, tmp_path):
                 monkeypatch.setattr(kernels, "architecture", lambda device, arch=arch: arch)
                 out = kernel(far, far, far)
                 assert torch.equal(out, kernel(near, near, near)), (name, arch)
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_true_float32_unless_pytorch_allows_tf32_by_its_newer_setting(setting):
+    """Reading the older one raises once a program has used the newer."""
+    if not interpreter._installed:
+        pytest.skip("the interpreter shows which precision was asked for")
+    qkv = packed_qkv(1, 40, 2, 32)
+    exact = vk.reference.attention_qkv(qkv.double())
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        with interpreter.checking(tf32=True):
+            error = (kernel(qkv) - exact).abs().max().item()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert error < 2e-5 if setting == "ieee" else error > 1e-4

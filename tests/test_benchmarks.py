@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import vitkernels
+from vitkernels import _env
+
 ROOT = Path(__file__).parents[1]
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asserts what a CPU says of itself")
 CASE = "layer_norm-S_16-infer"  # selects add_layer_norm as well
@@ -137,6 +140,22 @@ def test_a_model_that_cannot_be_fused_is_measured_by_the_others(protocol):
     contest.build("naive-attention").check()
     with pytest.raises(protocol.Unavailable, match="cannot be fused"):
         contest.build("fused")
+
+
+@ON_CPU
+@pytest.mark.skipif(_env.EXTENSION is None, reason="vitkernels._C is not built")
+def test_resampling_measures_its_kernel_whatever_the_environment_says(protocol, monkeypatch):
+    import bench_pos_embed
+
+    def asked(*_):
+        raise AssertionError("the reference was asked")
+
+    monkeypatch.setattr("vitkernels.ops.pos_embed.reference.copies", asked)
+    for case in bench_pos_embed.CASES("small", "cpu")[::6]:  # one size, and many
+        function, path = bench_pos_embed._functions(case, torch.device("cpu"))["fused"]()
+        assert path == "kernel"
+        with vitkernels.backend("reference"):  # as VITKERNELS_BACKEND sets it
+            function(torch.randn(1, 1 + case.old[0] * case.old[1], 8))
 
 
 def test_nothing_is_measured_without_eager(protocol):

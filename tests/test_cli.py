@@ -566,6 +566,7 @@ def test_bad_requests(capsys, arguments, message):
         (("--checkpoint", "FOLDER/list.pth"), "holds no state dict"),
         (("--checkpoint", "FOLDER/pickle.pth"), "cannot be read as weights"),
         (("--checkpoint", "FOLDER/headless.pth"), "has no head.weight"),
+        (("--checkpoint", "FOLDER/scalar.pth"), "has no head.weight"),
         (("--checkpoint", "FOLDER/broken.safetensors"), "cannot be read as weights"),
         (("--attention-map", "/no/such/folder/a.png"), "its folder does not exist"),
         (("--model", "vit_nonsense"), "unknown model"),
@@ -576,6 +577,7 @@ def test_bad_classify_requests(capsys, photos, checkpoints, arguments, message):
     torch.save([torch.zeros(3)], checkpoints / "list.pth")
     torch.save({"head.weight": Path("not a tensor")}, checkpoints / "pickle.pth")
     torch.save({"norm.weight": torch.zeros(3)}, checkpoints / "headless.pth")
+    torch.save({"head.weight": torch.tensor(3.0)}, checkpoints / "scalar.pth")
     (checkpoints / "broken.safetensors").write_bytes(b"nothing")
     arguments = [a.replace("FOLDER", str(checkpoints)).replace("PHOTO", photos[0]) for a in arguments]
     model = () if "--model" in arguments else ("--model", MODEL)

@@ -256,8 +256,12 @@ def test_a_model_in_training_mode_is_refused_and_unchanged():
 
 
 @on_a_cpu
-def test_an_error_half_way_leaves_no_copies(monkeypatch):
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused before"])
+def test_an_error_half_way_leaves_the_model_unchanged(fused, monkeypatch):
     model, made = small(init_values=0.1), []
+    if fused:
+        vk.fuse(model, inference=True, recompute="mlp")
+    before = [(type(m), {**vars(m)}, {**m._buffers}, {*m._non_persistent_buffers_set}) for m in model.modules()]
 
     def second_fails(block):
         made.append(block)
@@ -269,8 +273,12 @@ def test_an_error_half_way_leaves_no_copies(monkeypatch):
     monkeypatch.setattr(_fold, "_folded", second_fails)
     with pytest.raises(torch.OutOfMemoryError):
         vk.fuse(model, inference=True)
-    assert buffers(model) == []
-    assert not any(block.inference for block in model.blocks)
+    for module, (cls, attributes, held, transient) in zip(model.modules(), before, strict=True):
+        assert type(module) is cls
+        assert vars(module) == attributes
+        assert module._buffers.keys() == held.keys()
+        assert all(tensor is held[name] for name, tensor in module._buffers.items())
+        assert module._non_persistent_buffers_set == transient
 
 
 # When parameters change.

@@ -351,6 +351,12 @@ def test_any_strides_give_the_bits_of_the_contiguous_input(make):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("lazy", [torch._neg_view, lambda p: torch._efficientzerotensor(p.shape)], ids=["negated", "zero"])
+def test_values_that_are_not_in_memory_are_computed_first(lazy):
+    posemb = lazy(torch.randn(1, 17, 8))
+    assert torch.equal(vk.ops.resample_pos_embed(posemb, (7, 6)), vk.ops.resample_pos_embed(posemb.clone(), (7, 6)))
+
+
 def test_the_reference_keeps_float64_and_passes_gradcheck():
     posemb = torch.randn(1, 10, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda p: vk.reference.resample_pos_embed(p, (4, 5)), posemb)

@@ -127,7 +127,7 @@ def fuse(
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
     if input not in INPUTS:
         raise ValueError(f"input must be one of {', '.join(map(repr, INPUTS))}, got {input!r}")
-    from .models import FusedBlock, fuse_classes, set_inference, set_pixel_statistics, set_recompute_mlp
+    from .models import FusedBlock, fuse_classes, set_inference, set_pixel_statistics, set_recompute_mlp, undone_on_error
 
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock.stock)]
     if inference and any(block.training for block in blocks):
@@ -141,12 +141,13 @@ def fuse(
     if strict and not_fused:
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
     statistics = _pixel_statistics(model) if input == "uint8" else {}
-    fuse_classes(model)
-    set_recompute_mlp(model, recompute == "mlp")
-    set_inference(model, inference)
-    _forget_pixel_statistics(model)
-    for stem, (mean, std) in statistics.items():
-        set_pixel_statistics(stem, mean, std)
+    with undone_on_error(model):
+        fuse_classes(model)
+        set_recompute_mlp(model, recompute == "mlp")
+        set_inference(model, inference)
+        _forget_pixel_statistics(model)
+        for stem, (mean, std) in statistics.items():
+            set_pixel_statistics(stem, mean, std)
     if not_fused:
         counts = f"{len(not_fused)} of {len(report.modules)} modules still run timm's forward"
         _logger.log(
@@ -170,12 +171,13 @@ def unfuse(model: nn.Module) -> nn.Module:
         RuntimeError: FSDP has changed the classes of fused modules.
     """
     _check_module(model)
-    from .models import set_inference, set_recompute_mlp, unfuse_classes
+    from .models import set_inference, set_recompute_mlp, undone_on_error, unfuse_classes
 
-    unfuse_classes(model)
-    set_inference(model, False)
-    set_recompute_mlp(model, False)
-    _forget_pixel_statistics(model)
+    with undone_on_error(model):
+        unfuse_classes(model)
+        set_inference(model, False)
+        set_recompute_mlp(model, False)
+        _forget_pixel_statistics(model)
     return model
 
 

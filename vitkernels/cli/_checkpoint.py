@@ -33,7 +33,7 @@ def model_from_file(name: str, file: str) -> nn.Module:
     state = _read(path)
     head = getattr(timm.get_pretrained_cfg(name), "classifier", None) or "head"
     head = head if isinstance(head, str) else head[0]
-    if f"{head}.weight" not in state:
+    if f"{head}.weight" not in state or state[f"{head}.weight"].dim() == 0:
         raise CommandError(f"checkpoint {file} has no {head}.weight: it is not a classifier, or not a {name}")
     model = _models.create(name, num_classes=state[f"{head}.weight"].shape[0])
     _check_fit(file, name, state, model.state_dict())

@@ -1,6 +1,6 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
 
-from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, unfuse_classes
+from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, undone_on_error, unfuse_classes
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock, FusedBlocks, InnerBlock
 from .naflexvit import FusedNaFlexEmbeds
@@ -25,6 +25,7 @@ __all__ = [
     "set_pixel_statistics",
     "set_recompute_mlp",
     "takes_uint8",
+    "undone_on_error",
     "unfuse_classes",
     "vit_base",
     "vit_huge",

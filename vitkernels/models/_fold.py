@@ -31,17 +31,6 @@ class FoldedBlock(NamedTuple):
     fc2: tuple[Tensor, Tensor | None] | None
 
 
-def fold_all(blocks: list[nn.Module]) -> None:
-    """Fold each fused block; after an error none is folded."""
-    try:
-        for block in blocks:
-            fold(block)
-    except BaseException:
-        for block in blocks:
-            drop(block)
-        raise
-
-
 def fold(block: nn.Module) -> None:
     """Make the buffers, for a block whose parts are those that the fused forward knows; else it keeps none."""
     drop(block)

@@ -1,6 +1,8 @@
 """The one mechanism behind ``vitkernels.fuse``, ``unfuse`` and ``VisionTransformer``: assigning classes."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -62,23 +64,36 @@ def set_inference(model: nn.Module, on: bool) -> None:
             _fold.drop(module)
         if type(module) is FusedBlocks:
             module.__class__ = FusedBlocks.stock
-    if on:
-        _fold.fold_all([module for module in model.modules() if isinstance(module, FusedBlock)])
-        for module in model.modules():
-            if type(module) is FusedBlocks.stock and any(type(child) is FusedBlock for child in module.children()):
-                module.__class__ = FusedBlocks
+    if not on:
+        return
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            _fold.fold(module)
+        elif type(module) is FusedBlocks.stock and any(type(child) is FusedBlock for child in module.children()):
+            module.__class__ = FusedBlocks
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """An error inside gives timm's modules their classes, attributes and buffers back. Until then they stay in memory."""
+    ours = [module for module in model.modules() if isinstance(module, (*_all_classes(), FusedBlocks.stock))]
+    before = [(m, type(m), {**vars(m)}, {**m._buffers}, {*m._non_persistent_buffers_set}) for m in ours]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, buffers, transient in before:
+            module.__class__ = cls
+            for now, then in (
+                (vars(module), attributes),
+                (module._buffers, buffers),
+                (module._non_persistent_buffers_set, transient),
+            ):
+                now.clear()
+                now.update(then)
+        raise
 
 
 def _swap(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
-    """Assign ``classes[type(module)]``. An error half way takes back what was done."""
-    done: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        for module in model.modules():
-            before = type(module)
-            if before in classes:
-                module.__class__ = classes[before]
-                done.append((module, before))
-    except BaseException:
-        for module, before in done:
-            module.__class__ = before
-        raise
+    for module in model.modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _select, reference
 from . import _check
 from ._register import register
+from .linear import allows_tf32
 
 MAX_HEAD_DIM = 256
 # As for layer_norm, and derived in the same way: a block whose tokens are below 8 MiB waits for the host, and our launch costs
@@ -224,7 +225,7 @@ def attention(
 
     Returns:
         ``q``'s shape, contiguous; ``q``'s dtype, or autocast's. Softmax and sums are float32, products of float32 tensors
-        true float32 unless ``torch.backends.cuda.matmul.allow_tf32``. Twice differentiable only through the reference.
+        true float32 unless ``torch.backends.cuda.matmul`` allows TF32. Twice differentiable only through the reference.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
@@ -299,7 +300,7 @@ def _additive(bias: Tensor | None, q: Tensor) -> Tensor | None:
 
 def _numbers(q: Tensor, max_seqlen: int | None, scale: float | None) -> tuple[int, float, bool]:
     """The operators' last arguments: max_seqlen, scale, allow_tf32."""
-    allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    allow_tf32 = q.dtype == torch.float32 and allows_tf32()
     return max_seqlen or 0, q.shape[-1] ** -0.5 if scale is None else float(scale), allow_tf32
 
 

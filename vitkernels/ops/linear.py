@@ -403,13 +403,14 @@ def promoted(dtype: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
 
 def gemm_settings(x: Tensor, dtype: torch.dtype) -> tuple[bool, bool, str, str]:
     """The global state that a GEMM depends on: does autograd record, may float32 be TF32, plan and architecture."""
-    allow_tf32 = dtype == torch.float32 and _allows_tf32()
+    allow_tf32 = dtype == torch.float32 and allows_tf32()
     return torch.is_grad_enabled(), allow_tf32, _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or ""
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
+    """May a matrix product of float32 tensors run in TF32?"""
     # Not allow_tf32: reading that raises once a program has used the newer setting.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-_allows_tf32._dynamo_marked_constant = True  # Dynamo cannot trace the getter; as _select._architecture
+allows_tf32._dynamo_marked_constant = True  # Dynamo cannot trace the getter; as _select._architecture

@@ -318,6 +318,7 @@ def _unwatched(posemb: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and posemb.is_cpu
         and type(posemb) in (Tensor, torch.nn.Parameter)
+        and not (posemb.is_neg() or posemb._is_zerotensor())  # the dispatcher makes their values
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
