@@ -130,7 +130,8 @@ def test_plans_that_operators_declare_are_counted_by_name(monkeypatch):
 
     monkeypatch.setattr(importlib.import_module("vitkernels.ops.attention"), "PLANS", plans, raising=False)
     monkeypatch.setattr(block, "attention_qkv", attention_qkv)
-    vit = roofline._model("vit_small_patch16_224", 8, H200)
+    monkeypatch.setattr(roofline, "BATCHES", (8,))
+    vit = roofline._model("test_vit", 8, H200)
     assert {"wasteful", "lean"} <= set(vit["plans"])
     units = {name: plan["forward_units_per_block"] for name, plan in vit["plans"].items()}
     assert units["wasteful"] == pytest.approx(units["lean"] + 2)
@@ -286,7 +287,8 @@ def document(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_json_of_a_workload(capsys):
+def test_json_of_a_workload(capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "BATCHES", (8,))
     found = document(capsys, "small", "--batch", "8")
     vit = found["models"]["vit_small_patch16_224"]
     assert vit["shape"] == {
@@ -321,7 +323,8 @@ def test_measured_rates_reproduce_the_additive_model(capsys, monkeypatch):
     assert rows[1]["eager_bound"] == "host"
 
 
-def test_a_model_that_cannot_be_fused_says_why(capsys):
+def test_a_model_that_cannot_be_fused_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "BATCHES", (1,))
     vit = document(capsys, "vit_base_patch16_dinov3", "--batch", "1")["models"]["vit_base_patch16_dinov3"]
     assert "cannot be fused" in vit["not_fused"]
     assert vit["plans"] == {}
@@ -334,7 +337,8 @@ def test_without_a_name_every_workload_is_counted(monkeypatch, capsys):
     assert list(document(capsys)["models"]) == [w.timm_name for w in WORKLOADS]
 
 
-def test_tables_and_plot(tmp_path, capsys):
+def test_tables_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "BATCHES", (1, 256))
     pytest.importorskip("matplotlib")
     picture = tmp_path / "roofline.png"
     assert main(["roofline", "test_vit", "--chip", "a100", "--plot", str(picture)]) == 0
