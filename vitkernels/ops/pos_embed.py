@@ -1,6 +1,7 @@
 """Resampling of position embeddings. Parts as in ``layer_norm.py``; the kernels are C++ and CUDA C++, in ``vitkernels._C``.
 
-The C++ kernel is 4 to 15 times as fast as ``F.interpolate`` on a CPU at D = 768, so here ``auto`` takes it there too.
+On a CPU the C++ kernel is 4 to 40 times as fast as ``F.interpolate`` at D = 768, 1.1 to 1.5 times in bilinear mode without
+antialias, so here ``auto`` takes it there too.
 """
 
 import math
