@@ -92,6 +92,15 @@ def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _subtract(a, b, factor, PARTS: tl.constexpr):
+    """a - factor * b, part by part."""
+    tiles = ()
+    for i in tl.static_range(len(PARTS)):
+        tiles = tiles + (a[i] - b[i] * factor,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
 def _p_and_ds(
     a, b, da, db, row_max, log2_sum, delta, bias_pointers, bias_mask, key_mask, scale,
     NATURAL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
