@@ -233,10 +233,10 @@ def backward_config(
     if arch in (90, 100):  # operands in shared memory
         if alone and Dh <= 80:
             return BackwardConfig(True, 64, 32, 32, 4, 1)
-        if Dh <= 64:
+        if Dh <= 64 and not biased:
             return BackwardConfig(False, 64, 32, 64, 4, 2)
-        if Dh <= 80 or (Dh <= 96 and not biased):
-            return BackwardConfig(False, 64, 32, 32, 4, 2)
+        if Dh <= 96:
+            return BackwardConfig(False, 64, 16 if biased and Dh > 80 else 32, 32, 4, 2)
         if Dh <= 128:
             return BackwardConfig(False, 64, 16 if biased else 32, 32, 8, 2)
         return BackwardConfig(False, 64, 16, 16, 8, 1)

@@ -18,12 +18,13 @@ One sweep with 5 products would have to keep dq of all queries in registers (4 w
 dk and dv of a key block (64) and two tiles (64): it spilled 270 to 750 bytes a thread in all shapes tried, the addresses in
 shared memory of unrolled query blocks being another 100. No atomics, no float32 dq in memory: results are bitwise reproducible.
 
-Where p is nearly one key's, dp - delta cancels, and what out was rounded by is left: with bfloat16 logits of std 3, 10 and 30
+Where p is nearly one key's, dp - delta cancels, and what out was rounded by is left. With bfloat16 logits of std 3, 10 and 30
 (N = 197) dq and dk have a relative L2 error of 3.1e-3, 5.3e-3 and 7.0e-3, as with PyTorch's flash attention, whose delta is
-the same. Its unfused attention, which a trained bias takes on a CPU, keeps p: 1.7e-3 throughout, and 100 times less than ours at
-two tokens. So with a trained bias, and in float32, an eighth product and a sum make delta exact (2.4e-3 throughout):
+the same; an exact one would give 2.4e-3 throughout, at 9 products. PyTorch's unfused attention, which a trained bias takes on
+a CPU, keeps p: at two tokens it has a hundredth of our error. So with a trained bias, and in float32, a sweep before that of dq
+makes delta EXACT:
 
-(8)  error = sum_keys(ds);  dq -= scale * error * p @ k;  dk and the bias take delta + error for delta
+(8)  delta := delta + sum_keys(ds)             since sum_keys(p) = 1
 """
 
 from collections.abc import Callable, Iterator
@@ -45,8 +46,8 @@ from ._attention_tiles import (
     _load_statistics,
     _p_and_ds,
     _store_rows,
+    _statistics,
     _store_statistics,
-    _subtract,
     _zeros,
 )
 from ._device import architecture, multiprocessors
@@ -60,8 +61,8 @@ WRITES = {"_attention_bwd_kernel": ("statistics_ptr", "dq_ptr", "dk_ptr", "dv_pt
 
 
 def _flops(q_ptr, num_keys, num_images, cu_seqlens_ptr, dq_ptr, dk_ptr, EXACT, **_) -> int:
-    """Three products for dq, or four, and four for dk and dv; packed images are taken to be equally long."""
-    products = (3 + EXACT) * (dq_ptr is not None) + 4 * (dk_ptr is not None)
+    """Three products for dq, or five, and four for dk and dv; packed images are taken to be equally long."""
+    products = (5 if EXACT else 3) * (dq_ptr is not None) + 4 * (dk_ptr is not None)
     return 2 * products * q_ptr.numel() * (num_keys if cu_seqlens_ptr is None else num_keys // num_images)
 
 
@@ -72,11 +73,11 @@ FLOPS = {"_attention_bwd_kernel": _flops}
 
 
 @triton.jit
-def _dq_step(
-    dq, p_k, error, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+def _ds_and_k(
+    q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
     bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, KEY_ONLY: tl.constexpr,
-    NATURAL: tl.constexpr, EXACT: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     k = _load_rows(k_ptr, first_key, k_stride, num_keys, KEYS, MASKED, DH, PARTS)
     v = _load_rows(v_ptr, first_key, v_stride, num_keys, KEYS, MASKED, DH, PARTS)
@@ -90,14 +91,11 @@ def _dq_step(
             QUERIES, KEYS, KEY_ONLY, False,
         )  # fmt: skip
         key_mask = None
-    p, ds = _p_and_ds(
+    _, ds = _p_and_ds(
         q, k, dout, v, row_max[:, None], log2_sum[:, None], delta[:, None], pointers, mask, key_mask, scale,
         NATURAL, PARTS, PRECISION,
     )  # fmt: skip
-    if EXACT:
-        p_k = _add_product(p_k, p, k, PARTS, PRECISION)
-        error += tl.sum(ds, axis=1)
-    return _add_product(dq, ds, k, PARTS, PRECISION), p_k, error
+    return ds, k
 
 
 @triton.jit
@@ -113,30 +111,42 @@ def _dq_block(
     dout = _load_rows(dout_ptr, first_query, dout_stride, num_queries, QUERIES, True, DH, PARTS)
     out = _load_rows(out_ptr, first_query, out_stride, num_queries, QUERIES, True, DH, PARTS)
     delta = _delta(out, dout, PARTS)
-    row_max, log2_sum = _store_statistics(
-        statistics_ptr, row_max_ptr, log_sum_ptr, delta, first_query, num_queries, NATURAL, QUERIES
-    )
+    row_max, log2_sum = _statistics(row_max_ptr, log_sum_ptr, first_query, num_queries, NATURAL, QUERIES)
+    full = num_keys if MASKED else num_keys // KEYS * KEYS
+    if EXACT:  # eq. (8)
+        error = tl.zeros((QUERIES,), tl.float32)
+        for first_key in range(0, full, KEYS):
+            ds, _ = _ds_and_k(
+                q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+                bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
+                QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
+            )  # fmt: skip
+            error += tl.sum(ds, axis=1)
+        if KEY_TAIL > 0:
+            last_ds, _ = _ds_and_k(
+                q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+                bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
+                QUERIES, KEY_TAIL, True, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
+            )  # fmt: skip
+            error += tl.sum(last_ds, axis=1)
+        delta += error
+    _store_statistics(statistics_ptr, row_max, log2_sum, delta, first_query, num_queries, QUERIES)
 
     dq = _zeros(QUERIES, PARTS)
-    p_k = _zeros(QUERIES, PARTS)  # these two stay as they are, and the compiler drops them, unless EXACT
-    error = tl.zeros((QUERIES,), tl.float32)
-    full = num_keys if MASKED else num_keys // KEYS * KEYS
     for first_key in range(0, full, KEYS):
-        dq, p_k, error = _dq_step(
-            dq, p_k, error, q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+        ds, k = _ds_and_k(
+            q, dout, row_max, log2_sum, delta, first_key, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, EXACT, DH, PARTS, PRECISION,
+            QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
+        dq = _add_product(dq, ds, k, PARTS, PRECISION)
     if KEY_TAIL > 0:
-        dq, p_k, error = _dq_step(
-            dq, p_k, error, q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
+        last_ds, last_k = _ds_and_k(
+            q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
-            QUERIES, KEY_TAIL, True, KEY_ONLY, NATURAL, EXACT, DH, PARTS, PRECISION,
+            QUERIES, KEY_TAIL, True, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
-    if EXACT:  # eq. (8)
-        dq = _subtract(dq, p_k, error[:, None], PARTS)
-        rows = first_query + tl.arange(0, QUERIES)
-        tl.store(statistics_ptr + rows * 4 + 2, delta + error, mask=rows < num_queries)
+        dq = _add_product(dq, last_ds, last_k, PARTS, PRECISION)
     _store_rows(dq_ptr, first_query, dq_stride, num_queries, dq, scale, QUERIES, DH, PARTS)
 
 
