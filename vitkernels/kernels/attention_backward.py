@@ -45,8 +45,8 @@ from ._attention_tiles import (
     _load_rows,
     _load_statistics,
     _p_and_ds,
-    _store_rows,
     _statistics,
+    _store_rows,
     _store_statistics,
     _zeros,
 )
