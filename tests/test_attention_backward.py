@@ -55,6 +55,14 @@ def gradients(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     return torch.autograd.grad(reference.attention(*leaves[:3], scale=scale, bias=bias), leaves, dout)
 
 
+def compare(name, got, eager, oracle, dout):
+    """Where every row has one key, gradients of logits vanish, and an error relative to nothing says nothing."""
+    if oracle.norm() < 1e-9 * dout.double().norm():
+        assert got.abs().max() < 1e-4, name
+    else:
+        assert_within_budget(name, got, eager, oracle)
+
+
 def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     """The launcher's gradients are within the budget; returns them."""
     got = launch(q, k, v, dout, bias, need_dbias, scale)
@@ -62,7 +70,7 @@ def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     oracle = gradients(*(None if t is None else t.double() for t in (q, k, v, dout, bias)), need_dbias, scale)
     names = ("dq", "dk", "dv", "dbias") if need_dbias else ("dq", "dk", "dv")
     for name, *tensors in zip(names, got, eager, oracle, strict=False):
-        assert_within_budget(name, *tensors)
+        compare(name, *tensors, dout)
     assert need_dbias or got[3].numel() == 0
     return got
 
@@ -356,7 +364,7 @@ def check_packed(lengths, H, Dh, dtype):
         image = [t[None, a:b] for t in (*qkv.unbind(1), dout)]
         eager, oracle = gradients(*image), gradients(*(t.double() for t in image))
         for i, name in enumerate(("dq", "dk", "dv")):
-            assert_within_budget(name, dqkv[None, a:b, i], eager[i], oracle[i])
+            compare(name, dqkv[None, a:b, i], eager[i], oracle[i], dout)
 
 
 @pytest.mark.parametrize("lengths", [[5], [64, 1, 0, 70], [0, 3, 0], [128, 64], [0, 0]], ids=str)
@@ -438,12 +446,13 @@ def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
 def test_the_whole_grid_is_within_budget(N, Dh, dtype, kind):
     if N > 257 and Dh not in (64, 72, 128):
         pytest.skip("three head dims for the long ones")
-    check_kind(1, N, 1, Dh, dtype, kind)
+    many = 4 if N <= 2 else 1  # the error of a single row is one of luck, and so is eager's
+    check_kind(many, N, many, Dh, dtype, kind)
 
 
 def check_kind(B, N, H, Dh, dtype, kind):
     if kind == "packed":
-        return check_packed([N, 3, N // 2], H, Dh, dtype)
+        return check_packed([N, 3, N // 2] * B, H, Dh, dtype)
     bias = None
     if kind == "bias":
         bias = normal(1, H, N, N, dtype=dtype)

@@ -65,7 +65,7 @@ def check_packed(lengths, H, Dh, dtype, compare=assert_matches_reference):
 
 def check_kind(kind, B, N, H, Dh, dtype, compare=assert_matches_reference):
     if kind == "packed":
-        check_packed([N, 3, N // 2], H, Dh, dtype, compare)
+        check_packed([N, 3, N // 2] * B, H, Dh, dtype, compare)
     else:
         check_qkv(B, N, H, Dh, dtype, BIASES[kind](B, H, N, N, dtype), compare)
 
@@ -117,7 +117,8 @@ def test_outputs_over_the_whole_grid(N, head_dim, dtype, kind):
         oracle = reference(*(None if t is None else t.double() for t in inputs))
         assert_within_budget("out", kernel(*inputs), reference(*inputs), oracle)
 
-    check_kind(kind, 1, N, 1, head_dim, dtype, outputs_only)
+    many = 4 if N <= 2 else 1  # the error of a single row is one of luck, and so is eager's
+    check_kind(kind, many, N, many, head_dim, dtype, outputs_only)
 
 
 @pytest.mark.gpu
