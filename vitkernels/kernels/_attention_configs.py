@@ -195,7 +195,7 @@ def forward_constants(
     width = sum(parts.values())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if not config.resident:
-        if dtype == torch.float32 and config.num_warps == 8:
+        if dtype == torch.float32 and config.num_warps == 8 and width < 128:
             options["maxnreg"] = 128  # ptxas would rather spill 8 bytes for a third program on an SM
         rest = M % config.block_n
         tail = min(config.block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
