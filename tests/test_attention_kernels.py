@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import vitkernels as vk
-from vitkernels.kernels import _recorder, attention_backward
+from vitkernels.kernels import _recorder, attention_backward, attention_bias_backward
 from vitkernels.kernels import attention as kernels
 
 pytestmark = KERNEL_TESTS
@@ -349,6 +349,25 @@ def test_any_number_of_images_and_heads_fits_the_grid(monkeypatch, name, N):
     assert programs >= 9000 * 16
 
 
+@pytest.mark.parametrize("N", [197, 577])
+def test_any_number_of_images_and_heads_fits_the_grids_of_the_backward(monkeypatch, N):
+    modules = {"_attention_bwd_kernel": attention_backward, "_attention_dbias_kernel": attention_bias_backward}
+    stubs = {name: _Grid() for name in modules}
+    for name, module in modules.items():
+        monkeypatch.setattr(module, name, stubs[name])
+    qkv, dout = (torch.empty(9000, N, *rest, dtype=bf16, device="meta") for rest in ((3, 16, 64), (16, 64)))
+    statistics = torch.empty(9000, 16, N, device="meta")
+    bias = torch.empty(9000, 16, 1, N, dtype=bf16, device="meta")
+    for b in (None, bias):
+        saved = (dout, statistics, statistics, b, None, 0, 1.0, False, True)
+        attention_backward.launch_attention_qkv_bwd(dout, qkv, *saved)
+    for stub in stubs.values():
+        for programs, *others in stub.grids:
+            assert programs >= 9000 * 16
+            assert all(n <= 65535 for n in others)
+    assert all(stub.grids for stub in stubs.values())
+
+
 def test_offsets_beyond_32_bits(monkeypatch, tmp_path):
     """Images, heads and rows that lie over 2^31 elements apart, in a file that is all hole but for what is written here."""
 
@@ -375,3 +394,6 @@ def test_offsets_beyond_32_bits(monkeypatch, tmp_path):
                 monkeypatch.setattr(kernels, "architecture", lambda device, arch=arch: arch)
                 out = kernel(far, far, far)
                 assert torch.equal(out, kernel(near, near, near)), (name, arch)
+            left = (*kernels.launch_attention_fwd(near, near, near, None, None, 0, 0.25, False), None, None, 0, 0.25, False)
+            grads = (attention_backward.launch_attention_bwd(t, t, t, t, *left, False) for t in (far, near))
+            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), name
