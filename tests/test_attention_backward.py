@@ -298,6 +298,13 @@ def test_gradient_of_a_shared_bias_on_chips_of_any_size(multiprocessors, monkeyp
     check(*inputs(3, 30, 70, 2, 16, torch.bfloat16), normal(30, 70, dtype=torch.bfloat16), need_dbias=True)
 
 
+@BOTH_FORMS
+def test_rows_beyond_the_last_query_stay_out_where_a_bias_of_keys_is_large(one_program, monkeypatch):
+    """They read the bias of the keys as well, whose exponential alone is infinite."""
+    change_config(monkeypatch, one_program=one_program)
+    check(*inputs(1, 65, 70, 1, 16, torch.float32), torch.full((1, 1, 1, 70), 200.0), need_dbias=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [torch.finfo(torch.float16).min, -torch.inf], ids=str)
 def test_masked_keys_get_no_gradient(masked, dtype):
