@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_within_budget
 from interpreter import checking, record_dots
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkernels import reference
 from vitkernels.kernels import attention_backward
@@ -248,18 +249,30 @@ def test_bias_of_other_dtypes(dtype):
     check(*inputs(2, 40, 40, 2, 32, dtype), normal(1, 2, 40, 40, dtype=dtype), need_dbias=True)
 
 
-@BOTH_FORMS
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_a_bias_is_trained_delta_is_exact(dtype, one_program, monkeypatch):
+def peaked(dtype):
     """Logits of 3 and -3 leave one key 0.998 of a row: dp - delta cancels, and a delta of a rounded out is 50 times too far off
-    for eager, which keeps p there.
+    for unfused attention, which keeps p.
     """
-    change_config(monkeypatch, one_program=one_program)
     q = normal(1, 1, 1, 32, dtype=dtype).expand(1, 2, 1, 32).contiguous()
     k = torch.cat([q[:, :1], -q[:, 1:]], 1)
     v, dout = normal(1, 2, 1, 32, dtype=dtype), normal(1, 2, 1, 32, dtype=dtype)
-    scale = 3.0 / q[0, 0].float().square().sum().item()
-    check(q, k, v, dout, torch.zeros(1, 1, 2, 2, dtype=dtype), need_dbias=True, scale=scale)
+    return q, k, v, dout, 3.0 / q[0, 0].float().square().sum().item()
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_bias_is_trained_delta_is_exact(dtype, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    *tensors, scale = peaked(dtype)
+    check(*tensors, torch.zeros(1, 1, 2, 2, dtype=dtype), need_dbias=True, scale=scale)
+
+
+@BOTH_FORMS
+def test_in_float32_delta_is_exact(one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    *tensors, scale = peaked(torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):
+        check(*tensors, scale=scale)
 
 
 def test_float32_bias_of_bfloat16_attention_gets_a_float32_gradient():
