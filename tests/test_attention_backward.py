@@ -17,7 +17,7 @@ from interpreter import checking, record_dots
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkernels import reference
-from vitkernels.kernels import attention_backward
+from vitkernels.kernels import attention_backward, attention_bias_backward
 from vitkernels.kernels.attention import launch_attention_fwd
 from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
 
@@ -307,7 +307,7 @@ def test_gradient_of_a_bias_that_all_keys_share_vanishes():
 @pytest.mark.parametrize("multiprocessors", [1, 5, 1000])
 def test_gradient_of_a_shared_bias_on_chips_of_any_size(multiprocessors, monkeypatch):
     """As many programs share the sum as fill the chip, each every num_programs-th term; a second kernel adds theirs."""
-    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(attention_bias_backward, "multiprocessors", lambda device: multiprocessors)
     check(*inputs(3, 30, 70, 2, 16, torch.bfloat16), normal(30, 70, dtype=torch.bfloat16), need_dbias=True)
 
 
