@@ -162,6 +162,8 @@ def forward_config(
         return ForwardConfig(True, 64, 0, 4, 1, not one_pass)
     largest, block_n, stages = _stream_blocks(arch, dtype, width, full_bias)
     block_m = min(largest, 64) if packed else _block_m(N, largest)
+    if biased and block_m == 64 and arch // 10 not in _READS_SHARED:  # 12 bytes of spills at 261 keys on sm_120
+        block_n = min(block_n, 32)
     if block_m == 16:  # one query: attention pooling
         block_n, stages = min(block_n, 32), min(stages, 2)
     wide = dtype == torch.float32 and block_m == 32 and width > 64
