@@ -14,9 +14,10 @@ import pytest
 import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_within_budget
 from interpreter import checking, record_dots
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitkernels import reference
-from vitkernels.kernels import attention_backward
+from vitkernels.kernels import attention_backward, attention_bias_backward
 from vitkernels.kernels.attention import launch_attention_fwd
 from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
 
@@ -55,6 +56,14 @@ def gradients(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     return torch.autograd.grad(reference.attention(*leaves[:3], scale=scale, bias=bias), leaves, dout)
 
 
+def compare(name, got, eager, oracle, dout):
+    """Where every row has one key, gradients of logits vanish, and an error relative to nothing says nothing."""
+    if oracle.norm() < 1e-9 * dout.double().norm():
+        assert got.abs().max() < 1e-4, name
+    else:
+        assert_within_budget(name, got, eager, oracle)
+
+
 def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     """The launcher's gradients are within the budget; returns them."""
     got = launch(q, k, v, dout, bias, need_dbias, scale)
@@ -62,7 +71,7 @@ def check(q, k, v, dout, bias=None, need_dbias=False, scale=None):
     oracle = gradients(*(None if t is None else t.double() for t in (q, k, v, dout, bias)), need_dbias, scale)
     names = ("dq", "dk", "dv", "dbias") if need_dbias else ("dq", "dk", "dv")
     for name, *tensors in zip(names, got, eager, oracle, strict=False):
-        assert_within_budget(name, *tensors)
+        compare(name, *tensors, dout)
     assert need_dbias or got[3].numel() == 0
     return got
 
@@ -240,13 +249,39 @@ def test_bias_of_other_dtypes(dtype):
     check(*inputs(2, 40, 40, 2, 32, dtype), normal(1, 2, 40, 40, dtype=dtype), need_dbias=True)
 
 
+def peaked(dtype):
+    """Logits of 3 and -3 leave one key 0.998 of a row: dp - delta cancels, and a delta of a rounded out is 50 times too far off
+    for unfused attention, which keeps p.
+    """
+    q = normal(1, 1, 1, 32, dtype=dtype).expand(1, 2, 1, 32).contiguous()
+    k = torch.cat([q[:, :1], -q[:, 1:]], 1)
+    v, dout = normal(1, 2, 1, 32, dtype=dtype), normal(1, 2, 1, 32, dtype=dtype)
+    return q, k, v, dout, 3.0 / q[0, 0].float().square().sum().item()
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_bias_is_trained_delta_is_exact(dtype, one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    *tensors, scale = peaked(dtype)
+    check(*tensors, torch.zeros(1, 1, 2, 2, dtype=dtype), need_dbias=True, scale=scale)
+
+
+@BOTH_FORMS
+def test_in_float32_delta_is_exact(one_program, monkeypatch):
+    change_config(monkeypatch, one_program=one_program)
+    *tensors, scale = peaked(torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):
+        check(*tensors, scale=scale)
+
+
 def test_float32_bias_of_bfloat16_attention_gets_a_float32_gradient():
     *tensors, bias = *inputs(2, 40, 40, 2, 32, torch.bfloat16), normal(1, 2, 40, 40)
     dbias = launch(*tensors, bias, need_dbias=True)[3]
     assert dbias.dtype == torch.float32
     oracle = gradients(*(t.double() for t in tensors), bias.double(), True)[3]
     eager = gradients(*tensors, bias, True)[3]
-    # To the precision of the bfloat16 inputs, since delta is made from a rounded out.
+    # To the precision of bfloat16, which eager's has: the gradient of its bias is of that dtype.
     assert_within_budget("dbias", dbias.bfloat16(), eager.bfloat16(), oracle)
 
 
@@ -260,20 +295,27 @@ def test_a_bias_in_its_own_strides_gives_the_bits_of_a_contiguous_one():
         assert torch.equal(a, b)
 
 
-def test_gradient_of_a_bias_that_all_keys_share_is_summed_over_them():
-    """It is sum(dout * out) - delta = 0 by the softmax; with zeros passed for out, delta is 0 and the sum shows."""
-    q, k, v, dout = inputs(2, 65, 70, 2, 32, torch.float32)
-    out, *left = statistics(q, k, v, None, 0.2)
-    bias = torch.zeros(2, 65, 1)
-    dbias = launch_attention_bwd(dout, q, k, v, torch.zeros_like(out), *left, bias, None, 0, 0.2, False, True)[3]
-    torch.testing.assert_close(dbias, (dout * out).sum((0, 3)).T[..., None], atol=1e-4, rtol=1e-4)
+def test_gradient_of_a_bias_that_all_keys_share_vanishes():
+    """The softmax does not see such a bias. A key missing from the sum would show: gradients of single keys are of order 1."""
+    *tensors, bias = *inputs(2, 65, 70, 2, 32, torch.float32), torch.zeros(2, 65, 1)
+    dbias = launch(*tensors, bias, need_dbias=True)[3]
+    assert dbias.shape == bias.shape
+    assert dbias.abs().max() < 1e-5
+    assert launch(*tensors, bias.expand(2, 65, 70).contiguous(), need_dbias=True)[3].abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 5, 1000])
 def test_gradient_of_a_shared_bias_on_chips_of_any_size(multiprocessors, monkeypatch):
     """As many programs share the sum as fill the chip, each every num_programs-th term; a second kernel adds theirs."""
-    monkeypatch.setattr(attention_backward, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(attention_bias_backward, "multiprocessors", lambda device: multiprocessors)
     check(*inputs(3, 30, 70, 2, 16, torch.bfloat16), normal(30, 70, dtype=torch.bfloat16), need_dbias=True)
+
+
+@BOTH_FORMS
+def test_rows_beyond_the_last_query_stay_out_where_a_bias_of_keys_is_large(one_program, monkeypatch):
+    """They read the bias of the keys as well, whose exponential alone is infinite."""
+    change_config(monkeypatch, one_program=one_program)
+    check(*inputs(1, 65, 70, 1, 16, torch.float32), torch.full((1, 1, 1, 70), 200.0), need_dbias=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -313,7 +355,7 @@ def test_rows_of_minus_infinity_alone_get_and_give_no_gradient(dtype):
     dq, dk, dv, dbias = launch(q, k, v, dout, bias, need_dbias=True)
     assert not dq[:, 3:].any()
     assert not dbias[..., 3:, :].any()
-    alone = launch(q[:, :3], k, v, dout[:, :3], bias[..., :3, :])
+    alone = launch(q[:, :3], k, v, dout[:, :3], bias[..., :3, :], need_dbias=True)
     for got, want in zip((dq[:, :3], dk, dv), alone, strict=False):
         torch.testing.assert_close(got, want)
 
@@ -322,7 +364,7 @@ def test_rows_of_minus_infinity_alone_get_and_give_no_gradient(dtype):
 
 
 def check_packed(lengths, H, Dh, dtype):
-    """Each sequence gets the gradients that it gets alone."""
+    """Each sequence gets the gradients that it gets alone; all of them are judged as the one tensor that they are."""
     total, ends = sum(lengths), list(itertools.accumulate(lengths, initial=0))
     qkv, dout = normal(total, 3, H, Dh, dtype=dtype, std=1.7), normal(total, H, Dh, dtype=dtype)
     out, row_max, log_sum = torch.zeros(total, H, Dh, dtype=dtype), torch.zeros(H, total), torch.zeros(H, total)
@@ -338,11 +380,11 @@ def check_packed(lengths, H, Dh, dtype):
     assert not torch.isnan(dqkv).any()
     for packed, grad in zip(dqkv.unbind(1), launch_attention_bwd(dout, *qkv.unbind(1), *left), strict=False):
         assert torch.equal(packed, grad)
-    for a, b in spans:
-        image = [t[None, a:b] for t in (*qkv.unbind(1), dout)]
-        eager, oracle = gradients(*image), gradients(*(t.double() for t in image))
-        for i, name in enumerate(("dq", "dk", "dv")):
-            assert_within_budget(name, dqkv[None, a:b, i], eager[i], oracle[i])
+    images = [[t[None, a:b] for t in (*qkv.unbind(1), dout)] for a, b in spans]
+    eager = [torch.cat(grads, 1) for grads in zip(*(gradients(*image) for image in images), strict=True)]
+    oracle = [torch.cat(g, 1) for g in zip(*(gradients(*(t.double() for t in image)) for image in images), strict=True)]
+    for name, *tensors in zip(("dq", "dk", "dv"), dqkv[None].unbind(2), eager, oracle, strict=bool(images)):
+        compare(name, *tensors, dout)
 
 
 @pytest.mark.parametrize("lengths", [[5], [64, 1, 0, 70], [0, 3, 0], [128, 64], [0, 0]], ids=str)
@@ -424,12 +466,13 @@ def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
 def test_the_whole_grid_is_within_budget(N, Dh, dtype, kind):
     if N > 257 and Dh not in (64, 72, 128):
         pytest.skip("three head dims for the long ones")
-    check_kind(1, N, 1, Dh, dtype, kind)
+    many = 4 if N <= 2 else 1  # the error of a single row is one of luck, and so is eager's
+    check_kind(many, N, many, Dh, dtype, kind)
 
 
 def check_kind(B, N, H, Dh, dtype, kind):
     if kind == "packed":
-        return check_packed([N, 3, N // 2], H, Dh, dtype)
+        return check_packed([N, 3, N // 2] * B, H, Dh, dtype)
     bias = None
     if kind == "bias":
         bias = normal(1, H, N, N, dtype=dtype)

@@ -47,9 +47,8 @@ def under(plan, pos="all"):
                 prefix_tokens=prefix,
                 pos_embed=positions,
                 pos_embed_prefix=pos == "all",
-                # As constants: the reference, in float64, would differentiate them.
-                mean=None if mean is None else mean.detach(),
-                std=None if std is None else std.detach(),
+                mean=mean,
+                std=std,
             )
 
     return call
@@ -57,7 +56,6 @@ def under(plan, pos="all"):
 
 def by_pytorch(pos="all"):
     def call(images, weight, bias, prefix, positions, mean, std):
-        mean, std = (None if t is None else t.detach() for t in (mean, std))
         return vk.reference.patch_embed(
             images, weight, bias, prefix_tokens=prefix, pos_embed=positions, pos_embed_prefix=pos == "all", mean=mean, std=std
         )
@@ -109,6 +107,12 @@ FORMATS = {
 def test_kernel_is_within_budget(shape, dtype, form):
     *sizes, pos = shape
     check(draw(2, *sizes, dtype, pos=pos, **form), pos)
+
+
+@pytest.mark.parametrize("form", ["nchw", "uint8 nhwc"])
+def test_float16_is_within_budget(form):
+    """Two of the slow ones above."""
+    check(draw(1, 3, 32, 48, (16, 16), 64, 1, torch.float16, **FORMATS[form]))
 
 
 @pytest.mark.gpu
@@ -312,6 +316,22 @@ def test_only_what_is_asked_for_gets_a_gradient():
     torch.testing.assert_close(positions.grad, torch.full((1, 7, 48), 2.0))
 
 
+@pytest.mark.parametrize("call", [under("triton"), by_pytorch(), vk.ops.patch_embed], ids=["kernel", "reference", "auto"])
+def test_mean_and_std_are_constants(call):
+    images, weight, _, _, _, *statistics = draw(2, 3, 32, 48, (16, 16), 48, 0, torch.float32, pixel=torch.uint8)
+    for t in statistics:
+        t.requires_grad_()
+    if call is vk.ops.patch_embed:
+        run = lambda: call(images, weight, mean=statistics[0], std=statistics[1])  # noqa: E731
+    else:
+        run = lambda: call(images, weight, None, None, None, *statistics)  # noqa: E731
+    assert not run().requires_grad
+    weight.requires_grad_()
+    run().sum().backward()
+    assert weight.grad is not None
+    assert statistics[0].grad is statistics[1].grad is None
+
+
 def test_gradients_under_autocast_are_within_budget():
     """float32 pixels, weights and stream; products in bfloat16."""
     inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.float32)[:5]
@@ -446,6 +466,12 @@ MEAN = torch.zeros(3)
         (lambda: vk.ops.patch_embed(X.byte(), W), ValueError, "mean and std belong to uint8"),
         (lambda: vk.ops.patch_embed(X.byte(), W, mean=MEAN), ValueError, "mean and std belong to uint8"),
         (lambda: vk.ops.patch_embed(X, W, mean=MEAN, std=MEAN), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.ops.patch_embed(X.byte(), W), ValueError, r"vitkernels.fuse\(model, input='uint8'\)"),
+        (lambda: vk.ops.patch_embed(X, W[:, :, :0]), ValueError, r"weight must have .* patch of .*1x1, got \(8, 3, 0, 16\)"),
+        (lambda: vk.ops.patch_embed(X, W[..., :0]), ValueError, r"weight must have .* patch of .*1x1, got \(8, 3, 16, 0\)"),
+        (lambda: vk.ops.patch_embed(X[:, :0], W[:, :0]), ValueError, r"weight must have channels .*got \(8, 0, 16, 16\)"),
+        (lambda: vk.ops.patch_embed(X[:, :, :0], W), ValueError, r"images must have at least one patch, got \(1, 3, 0, 32\)"),
+        (lambda: vk.ops.patch_embed(X[..., :0], W), ValueError, r"images must have at least one patch, got \(1, 3, 32, 0\)"),
         (lambda: vk.ops.patch_embed(X, W, mean=MEAN), ValueError, "mean and std belong to uint8"),
         (lambda: vk.ops.patch_embed(X.byte(), W, mean=MEAN[:2], std=MEAN), ValueError, r"mean must have shape \(3\)"),
     ],

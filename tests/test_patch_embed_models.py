@@ -323,6 +323,38 @@ def test_uint8_statistics_survive_a_change_of_dtype_and_are_in_no_state_dict():
     torch.testing.assert_close(compiled(pixels), fused.embed(pixels))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("meta", torch.bfloat16),
+        lambda m: m.patch_embed.double(),
+        copy.deepcopy,
+    ],
+    ids=["bfloat16", "half", "to bfloat16", "to meta", "double", "deepcopy"],
+)
+def test_uint8_statistics_move_and_keep_their_bits(change):
+    _, fused = with_statistics()
+    expected = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    changed = change(fused)
+    stem = getattr(changed, "patch_embed", changed)
+    assert stem.pixel_statistics.dtype == torch.float32
+    assert stem.pixel_statistics.device == stem.proj.weight.device
+    assert stem.pixel_statistics.is_meta or torch.equal(stem.pixel_statistics, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes
+@pytest.mark.parametrize("change", [lambda m: None, patch_norm], ids=["fused", "timm's"])
+def test_a_trace_takes_uint8(change):
+    _, fused = with_statistics()
+    change(fused)
+    pixels, others = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    traced = torch.jit.trace(fused, pixels)
+    torch.testing.assert_close(traced(others), fused(others))
+
+
 def test_uint8_trains_the_weights(stem_kernel):
     stock, fused = with_statistics()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -342,11 +374,14 @@ def test_explain_says_who_takes_uint8():
 
 
 def test_unfuse_or_another_fuse_takes_uint8_back():
-    for undo in (vk.unfuse, vk.fuse):
+    for undo, error in (
+        (vk.unfuse, pytest.raises(RuntimeError)),
+        (vk.fuse, pytest.raises(ValueError, match=r"fuse\(model, input='uint8'\)")),
+    ):
         _, fused = with_statistics()
         undo(fused)
         assert not list(fused.buffers())
-        with pytest.raises((ValueError, RuntimeError)):
+        with error:
             fused(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
@@ -377,6 +412,28 @@ def test_uint8_needs_to_know_mean_and_std(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         vk.fuse(model, **arguments)
     assert not any(type(m).__module__.startswith("vitkernels") for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.0)),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, -0.5)),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, float("inf"))),
+        ((float("nan"), 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ((0.5, 0.5, 0.5), ("0.5", 0.5, 0.5)),
+    ],
+    ids=str,
+)
+def test_uint8_needs_mean_and_std_of_pixels_in_0_to_1(mean, std):
+    stock, _ = models()
+    stock.pretrained_cfg = {"mean": mean, "std": std}
+    with pytest.raises(
+        ValueError, match=r"mean in 0..1 and std in 0..1 and not 0 for patch_embed, as timm has them .*has mean"
+    ):
+        vk.fuse(stock, input="uint8")
+    assert not any(type(m).__module__.startswith("vitkernels") for m in stock.modules())
 
 
 # Linear patchifiers.

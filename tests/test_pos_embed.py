@@ -1,6 +1,8 @@
 """resample_pos_embed and resample_pos_embed_many: PyTorch's numbers, timm's rules, their autograd, argument checks."""
 
+import inspect
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -306,6 +308,44 @@ def test_resampling_is_timms(old_size, new_size, interpolation, antialias, dtype
             torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
+def test_the_signature_is_timms():
+    """With at most more at the end: timm 1.0.26 has no align_corners."""
+    ours, timms = (
+        [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
+        for f in (vk.ops.resample_pos_embed, resample_abs_pos_embed)
+    )
+    assert ours[: len(timms)] == timms
+    assert [name for name, _, _ in ours[len(timms) :]] in ([], ["align_corners"])
+
+
+def test_verbose_logs_the_two_grids_when_they_differ(caplog):
+    posemb = table((4, 4), 1)
+    with caplog.at_level(logging.INFO):
+        for function in (vk.ops.resample_pos_embed, vk.reference.resample_pos_embed, resample_abs_pos_embed):
+            assert torch.equal(function(posemb, (4, 4), verbose=True), posemb)
+            assert caplog.messages == []
+            function(posemb, (6, 5))
+            assert caplog.messages == []
+            function(posemb, (6, 5), None, 1, "bicubic", True, True)
+            assert caplog.messages == ["Resized position embedding: (4, 4) to (6, 5)."]
+            caplog.clear()
+
+
+def test_no_align_corners_is_the_edges():
+    posemb = table((4, 4), 1)
+    edges, none = (vk.ops.resample_pos_embed(posemb, (6, 5), None, 1, "bicubic", True, False, a) for a in (False, None))
+    assert torch.equal(edges, none)
+    assert not torch.equal(edges, vk.ops.resample_pos_embed(posemb, (6, 5), align_corners=True))
+
+
+@pytest.mark.parametrize("many", [list, tuple, iter, np.array], ids=["list", "tuple", "iterator", "array"])
+def test_sizes_may_be_any_pairs_of_integers(many):
+    posemb, size = table((4, 4), 1), torch.zeros(6, 5).shape
+    expected = vk.ops.resample_pos_embed(posemb, (6, 5))
+    assert torch.equal(vk.ops.resample_pos_embed(posemb, many(size), many([4, 4])), expected)
+    assert torch.equal(vk.ops.resample_pos_embed_many(posemb, many([size]), num_prefix_tokens=1), expected[0])
+
+
 def test_the_same_tensor_comes_back_when_nothing_changes():
     posemb = torch.randn(1, 17, 8)
     assert vk.ops.resample_pos_embed(posemb, (4, 4)) is posemb
@@ -601,6 +641,27 @@ P = torch.zeros(1, 17, 8)
         (lambda: vk.ops.resample_pos_embed(P, (-2, 4)), ValueError, "new_size must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed(P, (4,)), ValueError, "new_size must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed(P, (4.0, 5.0)), TypeError, "new_size must be two positive integers"),
+        (lambda: vk.ops.resample_pos_embed(P, 6), TypeError, "new_size must be two positive integers, got 6"),
+        (lambda: vk.ops.resample_pos_embed(P, None), TypeError, "new_size must be two positive integers, got None"),
+        (
+            lambda: vk.ops.resample_pos_embed(P, ("6", "6")),
+            TypeError,
+            r"new_size must be two positive integers, got \('6', '6'\)",
+        ),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), (4.0, 4.0)), TypeError, r"old_size must be .*, got \(4.0, 4.0\)"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), 4), TypeError, "old_size must be two positive integers, got 4"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), antialias="no"), ValueError, "antialias must be one of .* got 'no'"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), align_corners="no"), ValueError, "align_corners must be one of"),
+        (
+            lambda: vk.ops.resample_pos_embed(P, (4, 5), num_prefix_tokens=1.0),
+            TypeError,
+            "num_prefix_tokens must be an integer",
+        ),
+        (
+            lambda: vk.ops.resample_pos_embed(P, (4, 5), num_prefix_tokens=None),
+            TypeError,
+            "num_prefix_tokens must be an integer",
+        ),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), (3, 5)), ValueError, "old_size must be .* with product 16"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), (-4, -4)), ValueError, "old_size must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 4), None, 0), ValueError, "old_size is needed, since 17 tokens"),
@@ -609,6 +670,32 @@ P = torch.zeros(1, 17, 8)
         (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4), (0, 1)], None, 1), ValueError, "sizes must be two positive"),
         (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4)]), ValueError, "old_size is needed, since 17 tokens"),
         (lambda: vk.ops.resample_pos_embed_many(P, [(4, 4)], None, 1, pad_to=0), ValueError, "pad_to must hold the 1 prefix"),
+        (
+            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, pad_to=5.0),
+            TypeError,
+            "pad_to must be an integer, got 5.0",
+        ),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1.0), TypeError, "num_prefix_tokens must be an integer"),
+        (
+            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], (4.0, 4.0), 1),
+            TypeError,
+            "old_size must be two positive integers",
+        ),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, antialias="no"), ValueError, "antialias must be one of"),
+        (
+            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, align_corners=2),
+            ValueError,
+            "align_corners must be one of",
+        ),
+        (
+            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, preserve_aspect_ratio="no"),
+            ValueError,
+            "preserve_aspect_ratio must be one of",
+        ),
+        (lambda: vk.ops.resample_pos_embed_many(P, 6, None, 1), TypeError, "sizes must be a sequence"),
+        (lambda: vk.ops.resample_pos_embed_many(P, None, None, 1), TypeError, "sizes must be a sequence"),
+        (lambda: vk.ops.resample_pos_embed_many(P, (4, 5), None, 1), TypeError, "sizes must be two positive integers, got 4"),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5.0)], None, 1), TypeError, "sizes must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed_many(P.bool(), [(4, 4)]), TypeError, "posemb must be of dtype"),
     ],
 )

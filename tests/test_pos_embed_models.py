@@ -277,6 +277,20 @@ def test_other_kinds_of_positions_stay_timms(arguments, resampled):
     assert "not learned" in report.reasons[0]
 
 
+def test_explain_says_that_grid_sampled_batches_stay_timms_while_whole_images_are_ours(resampled):
+    stock, fused = naflex(pos_embed_use_grid_sample=True)
+    batch, x = mixed_batch(SIZES["mixed"]), images(2, (64, 96))
+    assert_same(fused(batch), stock(batch))
+    assert resampled == []
+    torch.testing.assert_close(fused(x), stock(x), rtol=0, atol=2e-5)
+    assert len(resampled) == 1
+    assert fused.embeds.why_not_merged() == []
+    (report,) = (m for m in vk.explain(fused).modules if m.name == "embeds")
+    assert not report.fused
+    assert "grid_sample: timm samples the positions of mixed batches" in report.state
+    assert FusedNaFlexEmbeds.why_not(stock.embeds) == list(report.reasons)
+
+
 def test_naflex_embeddings_are_swapped_and_explained():
     _, fused = naflex()
     assert type(fused.embeds) is FusedNaFlexEmbeds

@@ -7,6 +7,7 @@ working, and the reverse assignment undoes it. timm is imported on the first cal
 import io
 import logging
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import nn
@@ -114,7 +115,8 @@ def fuse(
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
         input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
             and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as
-            ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts.
+            ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts. ``torch.jit.trace`` keeps it;
+            ``torch.jit.script`` sees timm's modules, which take float images only.
 
     Returns:
         ``model`` itself.
@@ -123,7 +125,7 @@ def fuse(
         TypeError: ``model`` is not an ``nn.Module``, or ``torch.jit.script`` or ``trace`` made it.
         ValueError: it contains no block of timm's ``vision_transformer``; ``recompute`` or ``input`` is unknown; a block is in
             training mode and ``inference`` was asked for; ``"uint8"``, and there is no timm ``PatchEmbed``, or no mean and std
-            for its channels.
+            in 0..1 for its channels.
         RuntimeError: ``strict`` and something would not run fused, or the ``forward`` of timm's ``Block`` or
             ``AttentionPoolLatent`` has an unknown signature.
 
@@ -199,7 +201,7 @@ def _forget_pixel_statistics(model: nn.Module) -> None:
 
 
 def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Mean and std of each patch embedding, from the ``pretrained_cfg`` of the timm model that it belongs to."""
+    """Mean and std, of pixels in 0..1, of each patch embedding: from the ``pretrained_cfg`` of its timm model."""
     from .models import FusedPatchEmbed
 
     found: dict[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]] = {}
@@ -220,6 +222,11 @@ def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ..
             raise ValueError(
                 f"input='uint8' needs mean and std of the {channels} channels of {name} in its model's pretrained_cfg,"
                 f" got mean={mean}, std={std}"
+            )
+        if not all(isinstance(value, Real) and 0 <= value <= 1 for value in mean + std) or min(std) == 0:
+            raise ValueError(
+                f"input='uint8' needs mean in 0..1 and std in 0..1 and not 0 for {name}, as timm has them (pixels / 255),"
+                f" but its model's pretrained_cfg has mean={mean}, std={std}"
             )
         found[stem] = mean, std
     return found

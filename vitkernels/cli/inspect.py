@@ -1,4 +1,9 @@
-"""``vitkernels inspect``: what the compiled kernels use of a GPU, read from their binaries on a machine without one."""
+"""``vitkernels inspect``: what the compiled kernels use of a GPU, read from their binaries on a machine without one.
+
+Kernel files name launches in bfloat16, float32 and autocast's mix of both. float16 compiles to bfloat16's code but for the
+conversions and is left out: compared for sm_80 and sm_90, LayerNorm and patch embedding of ViT-B are within 8 registers of each
+other, with as many blocks an SM, no spills, and in float16 up to 8% fewer instructions.
+"""
 
 import argparse
 import dataclasses

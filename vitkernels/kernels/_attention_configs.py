@@ -99,12 +99,18 @@ def _too_large(arch: int, rows: int, width: int) -> str:
 # Forward.
 
 
-def forward_parts(head_dim: int) -> dict[str, int]:
-    """The head dim in up to three powers of two of 16 or more: 72 and 80 are 64 + 16, 104 is 64 + 32 + 16."""
-    padded = -(-head_dim // 16) * 16
-    parts = [width for width in (256, 128, 64, 32, 16) if padded & width]
-    if len(parts) > 3:
-        parts = [triton.next_power_of_2(padded)]
+def _parts(Dh: int) -> tuple[int, ...]:
+    """Up to three powers of two of 16 and more that hold Dh channels: 72 and 80 are 64 + 16, 88 and 96 are 64 + 32."""
+    padded = -(-Dh // 16) * 16
+    parts = tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
+    return parts if len(parts) <= 3 else (256,)
+
+
+def forward_parts(arch: int, dtype: torch.dtype, Dh: int, full_bias: bool) -> dict[str, int]:
+    """104 is 64 + 32 + 16. Those of the backward in float32: its logits are the forward's to the bit only if it adds up the
+    same parts, and a single key's p is 1.
+    """
+    parts = backward_parts(arch, Dh, full_bias) if dtype == torch.float32 else _parts(Dh)
     return dict(zip(("D0", "D1", "D2"), [*parts, 0, 0][:3], strict=True))
 
 
@@ -138,7 +144,7 @@ def forward_config(
     arch: int, dtype: torch.dtype, N: int, M: int, Dh: int, biased: bool, full_bias: bool, packed: bool
 ) -> ForwardConfig:
     """The table's, or the default. ``full_bias``: one with a row for each query."""
-    width = sum(forward_parts(Dh).values())
+    width = sum(_parts(Dh))
     if dtype != torch.float32 and N == M and not biased and not packed:
         tuned = _from_table(ForwardConfig, arch, key("forward", N, Dh), lambda c: why_not_forward(c, arch, N, Dh))
         if tuned is not None:
@@ -149,11 +155,15 @@ def forward_config(
     one_pass = padded <= 256 and padded + width <= (272 if arch // 10 != 9 else 320 if biased else 336)
     # Two programs share an SM as long as K, V and 64 queries are below 113 KB. A bias for each query takes registers too.
     shared = (2 * padded + 64) * width * 2
-    fits = 1 <= len(blocks) <= 3 and shared <= 113 * 1024 and (one_pass or width <= 80) and not full_bias and not packed
+    # Rescaled and with a mask of keys, 257 keys of 80 channels spill 140 bytes in Triton 3.6.
+    few = one_pass or (width <= 80 and not (biased and padded + width > 336))
+    fits = 1 <= len(blocks) <= 3 and shared <= 113 * 1024 and few and not full_bias and not packed
     if arch // 10 in _READS_SHARED and dtype != torch.float32 and fits and N > 16:
         return ForwardConfig(True, 64, 0, 4, 1, not one_pass)
     largest, block_n, stages = _stream_blocks(arch, dtype, width, full_bias)
     block_m = min(largest, 64) if packed else _block_m(N, largest)
+    if biased and block_m == 64 and arch // 10 not in _READS_SHARED:  # 12 bytes of spills at 261 keys on sm_120
+        block_n = min(block_n, 32)
     if block_m == 16:  # one query: attention pooling
         block_n, stages = min(block_n, 32), min(stages, 2)
     wide = dtype == torch.float32 and block_m == 32 and width > 64
@@ -162,7 +172,7 @@ def forward_config(
 
 def why_not_forward(config: ForwardConfig, arch: int, N: int, Dh: int) -> str:
     """Why a table's entry cannot run self-attention of N tokens; empty if it can."""
-    width, blocks = sum(forward_parts(Dh).values()), _key_blocks(N)
+    width, blocks = sum(_parts(Dh)), _key_blocks(N)
     wrong = _not_of({"num_warps": (config.num_warps, (4, 8)), "num_stages": (config.num_stages, (1, 2, 3, 4))})
     if wrong:
         return wrong
@@ -176,14 +186,20 @@ def why_not_forward(config: ForwardConfig, arch: int, N: int, Dh: int) -> str:
 
 
 def forward_constants(
-    config: ForwardConfig, heads: int, multiprocessors: int, dtype: torch.dtype, N: int, M: int, Dh: int, packed: bool
+    config: ForwardConfig,
+    heads: int,
+    multiprocessors: int,
+    parts: dict[str, int],
+    dtype: torch.dtype,
+    N: int,
+    M: int,
+    packed: bool,
 ) -> dict[str, int]:
     """Constants of the kernel, and Triton's options. ``heads``: of all images."""
-    parts = forward_parts(Dh)
     width = sum(parts.values())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if not config.resident:
-        if dtype == torch.float32 and config.num_warps == 8:
+        if dtype == torch.float32 and config.num_warps == 8 and width < 128:
             options["maxnreg"] = 128  # ptxas would rather spill 8 bytes for a third program on an SM
         rest = M % config.block_n
         tail = min(config.block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
@@ -203,14 +219,10 @@ def forward_constants(
 
 
 def backward_parts(arch: int, Dh: int, biased: bool) -> tuple[int, ...]:
-    """Widths that hold Dh channels: powers of two of 16 and more, largest first. 72 -> (64, 16), 88 and 96 -> (64, 32).
-
-    104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers.
-    """
+    """104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers."""
     if 96 < Dh <= 128 or (biased and arch not in (90, 100) and 80 < Dh <= 128):
         return (128,)
-    padded = -(-Dh // 16) * 16
-    return tuple(1 << bit for bit in range(8, 3, -1) if padded >> bit & 1)
+    return _parts(Dh)
 
 
 def backward_config(
@@ -233,10 +245,10 @@ def backward_config(
     if arch in (90, 100):  # operands in shared memory
         if alone and Dh <= 80:
             return BackwardConfig(True, 64, 32, 32, 4, 1)
-        if Dh <= 64:
+        if Dh <= 64 and not biased:
             return BackwardConfig(False, 64, 32, 64, 4, 2)
-        if Dh <= 80 or (Dh <= 96 and not biased):
-            return BackwardConfig(False, 64, 32, 32, 4, 2)
+        if Dh <= 96:
+            return BackwardConfig(False, 64, 16 if biased and Dh > 80 else 32, 32, 4, 2)
         if Dh <= 128:
             return BackwardConfig(False, 64, 16 if biased else 32, 32, 8, 2)
         return BackwardConfig(False, 64, 16, 16, 8, 1)

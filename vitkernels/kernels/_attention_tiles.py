@@ -123,19 +123,22 @@ def _p_and_ds(
 
 
 @triton.jit
-def _store_statistics(
-    statistics_ptr, row_max_ptr, log_sum_ptr, delta, first, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Returns row_max and log2_sum; the latter includes the former unless NATURAL. 0 and +inf where there is no row."""
+def _statistics(row_max_ptr, log_sum_ptr, first, num_rows, NATURAL: tl.constexpr, ROWS: tl.constexpr):
+    """row_max and log2_sum as the forward left them; the latter includes the former unless NATURAL."""
     rows = first + tl.arange(0, ROWS)
     mask = rows < num_rows
     row_max = tl.load(row_max_ptr + rows, mask=mask, other=0.0)
     log_sum = tl.load(log_sum_ptr + rows, mask=mask, other=float("inf"))
-    log2_sum = (log_sum if NATURAL else row_max + log_sum) * LOG2E
+    return row_max, (log_sum if NATURAL else row_max + log_sum) * LOG2E
+
+
+@triton.jit
+def _store_statistics(statistics_ptr, row_max, log2_sum, delta, first, num_rows, ROWS: tl.constexpr):
+    rows = first + tl.arange(0, ROWS)
+    mask = rows < num_rows
     tl.store(statistics_ptr + rows * 4, row_max, mask=mask)
     tl.store(statistics_ptr + rows * 4 + 1, log2_sum, mask=mask)
     tl.store(statistics_ptr + rows * 4 + 2, delta, mask=mask)
-    return row_max, log2_sum
 
 
 @triton.jit

@@ -235,7 +235,7 @@ def aot_kinds(shape: "Shape") -> Iterator[tuple[str, str, int]]:
     """Name, kind and batch of what dispatch chooses for a ViT of this shape: each default configuration and form of pixels.
 
     bfloat16 for every shape. The others differ by the patch alone, which their name says, so that ``inspect``, which takes
-    each name once, compiles them once. True float32 is by default cuBLAS's.
+    each name once, compiles them once. True float32 is by default cuBLAS's, and float16 has bfloat16's (``cli/inspect.py``).
     """
     patch = f"p={shape.patch}"
     yield f"D={shape.width} {patch} {shape.image} P={shape.tokens - _patches(shape)} bf16", "bf16", shape.train_batch

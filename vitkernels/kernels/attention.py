@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_configs import forward_config, forward_constants
+from ._attention_configs import forward_config, forward_constants, forward_parts
 from ._attention_tiles import _image_of_block
 from ._device import architecture, multiprocessors
 
@@ -489,13 +489,14 @@ def launch_attention_fwd(
     bias_strides = [0, 0, 0, 0]
     if bias is not None:
         bias_strides = bias.expand(*images, num_heads, num_queries, num_keys).stride()
-    key_only = bias_strides[2] == 0
+    key_only = bias_strides[2] == 0 or num_queries == 1
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     arch, full_bias, size = architecture(q.device), bias is not None and not key_only, (num_queries, num_keys, head_dim)
     config = forward_config(arch, q.dtype, *size, bias is not None, full_bias, packed)
     heads = num_heads * (1 if packed else images[0])
-    constants = forward_constants(config, heads, multiprocessors(q.device), q.dtype, *size, packed)
+    parts = forward_parts(arch, q.dtype, head_dim, full_bias)
+    constants = forward_constants(config, heads, multiprocessors(q.device), parts, q.dtype, num_queries, num_keys, packed)
     tiles = triton.cdiv(num_queries, config.block_m)
     common = {
         **constants,

@@ -446,8 +446,8 @@ def _launch_bwd(
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:
     """Name and launch on ``meta`` tensors of every configuration that dispatch can choose for a ViT of this shape.
 
-    Each launch is forward and backward: bfloat16 throughout, and autocast's mix of a bfloat16 branch, a float32 stream and
-    float32 parameters; alone, with the residual add, and with LayerScale too.
+    Each launch is forward and backward: bfloat16 throughout (float16 has the same ones: ``cli/inspect.py``), and autocast's mix
+    of a bfloat16 branch, a float32 stream and float32 parameters; alone, with the residual add, and with LayerScale too.
     """
     for dtypes, dtype in (("bf16", torch.bfloat16), ("autocast", torch.float32)):
         name = f"D={shape.width} {dtypes}"

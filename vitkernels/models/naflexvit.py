@@ -67,7 +67,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     @functools.wraps(NaFlexEmbeds._apply_learned_pos_embed)
     def _apply_learned_pos_embed(self, x, grid_size):
-        if self.why_not():
+        if self._why_not_resampled():
             return super()._apply_learned_pos_embed(x, grid_size)
         x.add_(self._resampled([grid_size], None).to(x.dtype))
 
@@ -86,14 +86,20 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""
-        reasons = self.why_not() + _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons = self._why_not_resampled() + _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
         reasons += _guard.children(self, "", _PARTS)
         if self.norm_input is not None:
             reasons.append("norm_input comes before proj")
         return reasons
 
     def why_not(self) -> list[str]:
-        """Reasons why positions would be resampled by timm now; empty when ours runs. Also works on a stock module."""
+        """Reasons why timm would make the positions of a mixed batch now; empty when ours does. Works on a stock module too."""
+        reasons = FusedNaFlexEmbeds._why_not_resampled(self)
+        if self.pos_embed_use_grid_sample:
+            reasons.append("pos_embed_use_grid_sample: timm samples the positions of mixed batches (whole images run fused)")
+        return reasons
+
+    def _why_not_resampled(self) -> list[str]:
         reasons = [
             f"NaFlexEmbeds.{name} was replaced" for name, method in _SHIPPED if getattr(NaFlexEmbeds, name) is not method
         ]

@@ -64,6 +64,14 @@ class FusedPatchEmbed(PatchEmbed):
             return _patch_embed_pixels(x, self.proj.weight, self.proj.bias, statistics, **positions)
         return patch_embed(x, self.proj.weight, self.proj.bias, **positions)
 
+    def _apply(self, fn, recurse=True):
+        """``model.bfloat16()`` moves and rounds every floating-point buffer; mean and std are only moved."""
+        statistics = self._buffers.get(_STATISTICS)
+        super()._apply(fn, recurse)
+        if statistics is not None and self._buffers[_STATISTICS].dtype != statistics.dtype:
+            self._buffers[_STATISTICS] = statistics.to(self._buffers[_STATISTICS].device)
+        return self
+
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """(Gh, Gw) of these images."""
         return x.shape[-2] // self.patch_size[0], x.shape[-1] // self.patch_size[1]
@@ -89,14 +97,13 @@ class FusedPatchEmbed(PatchEmbed):
         return reasons
 
 
-# uint8 pixels. mean and std are a buffer that no state dict has, and that holds the bits of float32 as integers:
-# ``model.bfloat16()`` rounds every floating-point buffer, and leaves this one alone.
+# uint8 pixels. mean and std are a float32 buffer that no state dict has.
 
 
 def set_pixel_statistics(stem: FusedPatchEmbed, mean: Sequence[float], std: Sequence[float]) -> None:
     """Let ``stem`` take uint8 images too, whose pixels in 0..1 have this mean and std per channel."""
     statistics = torch.tensor([mean, std], dtype=torch.float32, device=stem.proj.weight.device)  # (2, C)
-    stem.register_buffer(_STATISTICS, statistics.view(torch.int32), persistent=False)
+    stem.register_buffer(_STATISTICS, statistics, persistent=False)
 
 
 def takes_uint8(module: nn.Module) -> bool:
@@ -116,12 +123,12 @@ def clear_pixel_statistics(module: nn.Module) -> None:
 
 def _patch_embed_pixels(images: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor, **positions: Any) -> Tensor:
     if images.dtype == torch.uint8:
-        positions["mean"], positions["std"] = statistics.view(torch.float32).unbind()
+        positions["mean"], positions["std"] = statistics.unbind()
     return patch_embed(images, weight, bias, **positions)
 
 
 def _float_pixels(images: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:
-    return normalise(images, *statistics.view(torch.float32).unbind()).to(dtype) if images.dtype == torch.uint8 else images
+    return normalise(images, *statistics.unbind()).to(dtype) if images.dtype == torch.uint8 else images
 
 
 _SHIPPED_POS_EMBED = timm_vit.VisionTransformer._pos_embed
@@ -150,10 +157,8 @@ class FusedVisionTransformer(FusedPositions):
         if not isinstance(stem, FusedPatchEmbed):
             return [f"patch_embed is a {type(stem).__name__}"]
         reasons = stem.why_not()
-        state = stem.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
-            reasons.append("patch_embed has hooks")
-        if "forward" in state or type(stem).forward is not FusedPatchEmbed.forward:
+        reasons += _guard.children(self, "", (("patch_embed", (type(stem),)),))
+        if type(stem).forward is not FusedPatchEmbed.forward:
             reasons.append("patch_embed overrides forward")
         reasons += _guard.children(stem, "patch_embed.", (("norm", (nn.Identity,)),))
         replaced = type(self)._pos_embed is not FusedVisionTransformer._pos_embed or "_pos_embed" in self.__dict__

@@ -206,6 +206,10 @@ def patch_embed(
     width, channels, patch_h, patch_w = weight.shape
     _check.shape(op, "images", images, ("B", channels, "H", "W"))
     height, image_width = images.shape[-2:]
+    if not (channels and patch_h and patch_w):
+        raise ValueError(f"{op}: weight must have channels and a patch of at least 1x1, got {tuple(weight.shape)}")
+    if not (height and image_width):
+        raise ValueError(f"{op}: images must have at least one patch, got {tuple(images.shape)}")
     if height % patch_h or image_width % patch_w:
         raise ValueError(
             f"{op}: images of {height}x{image_width} do not divide into patches of {patch_h}x{patch_w}"
@@ -216,6 +220,8 @@ def patch_embed(
         prefix_tokens, pos_embed, pos_embed_prefix, (height // patch_h) * (image_width // patch_w), width
     )
     _check_normalisation(images, mean, std, channels)
+    if mean is not None and std is not None:
+        mean, std = mean.detach(), std.detach()
     dtype = _select.autocast_dtype(images) or weight.dtype
     if bias is not None and bias.dtype != weight.dtype and dtype == weight.dtype:
         _check.tensor(op, "bias", bias, (weight.dtype,))
@@ -264,6 +270,9 @@ def _check_prefix_and_positions(
 
 def _check_normalisation(images: Tensor, mean: Tensor | None, std: Tensor | None, channels: int) -> None:
     if (images.dtype == torch.uint8) != (mean is not None and std is not None) or (mean is None) != (std is None):
-        raise ValueError("patch_embed: mean and std belong to uint8 images: give both with uint8 and neither with float")
+        raise ValueError(
+            "patch_embed: mean and std belong to uint8 images: give both with uint8 and neither with float"
+            " (a model takes uint8 after vitkernels.fuse(model, input='uint8'))"
+        )
     _check.vector("patch_embed", "mean", mean, channels)
     _check.vector("patch_embed", "std", std, channels)

@@ -43,7 +43,7 @@ def patch_embed(
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Equation (1) of uint8 images, in float32 (float64 for a float64 ``mean``)."""
+    """Equation (1) of uint8 images, in float32 (float64 for a float64 ``mean``). Both are constants."""
     compute = torch.promote_types(torch.float32, mean.dtype)
-    mean, std = (t.to(compute).view(-1, 1, 1) for t in (mean, std))
+    mean, std = (t.detach().to(compute).view(-1, 1, 1) for t in (mean, std))
     return (images.to(compute) / 255 - mean) / std

@@ -11,12 +11,15 @@ Interpolation is separable: with a matrix R_h (h', h) of weights along an axis, 
 Bicubic kernels differ: a = -0.5 with antialiasing and a = -0.75 without (PyTorch's ``interpolate``).
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_logger = logging.getLogger("vitkernels")
 
 
 def resample_pos_embed(
@@ -26,14 +29,16 @@ def resample_pos_embed(
     num_prefix_tokens: int = 1,
     interpolation: str = "bicubic",
     antialias: bool = True,
-    *,
-    align_corners: bool = False,
+    verbose: bool = False,
+    align_corners: bool | None = None,
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.resample_pos_embed``."""
     if unchanged(posemb, new_size, old_size, num_prefix_tokens):
         return posemb
-    arguments = (posemb, [new_size], grid_of(posemb, old_size, num_prefix_tokens), num_prefix_tokens)
-    return copies(*arguments, interpolation, antialias, align_corners)[None]
+    old_size = grid_of(posemb, old_size, num_prefix_tokens)
+    if verbose:
+        log_resizing(old_size, new_size)
+    return copies(posemb, [new_size], old_size, num_prefix_tokens, interpolation, antialias, bool(align_corners))[None]
 
 
 def resample_pos_embed_many(
@@ -103,6 +108,12 @@ def grid_of(posemb: Tensor, old_size: tuple[int, int] | None, num_prefix_tokens:
         return old_size
     side = math.isqrt(posemb.shape[1] - num_prefix_tokens)
     return side, side
+
+
+def log_resizing(old_size: tuple[int, int], new_size: tuple[int, int]) -> None:
+    """What timm logs when asked to be verbose. A compiled graph cannot."""
+    if not torch.compiler.is_compiling():
+        _logger.info("Resized position embedding: %s to %s.", tuple(old_size), tuple(new_size))
 
 
 def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:
