@@ -18,7 +18,7 @@ from workloads import Case, cases
 import vitkernels as vk
 
 # "naive-attention" keeps the logits in memory; not "unfused", which -k fused would select.
-PROVIDERS = ("eager", "compile", "naive-attention", *_SDPA, "flash-attn", "fused")
+PROVIDERS = ("eager", "compile", "naive-attention", *_SDPA, "flash-attn", "xformers", "fused")
 
 
 def CASES(size: str, device: str) -> list[Case]:
@@ -59,12 +59,17 @@ def _functions(device: torch.device) -> dict[str, Callable[[], tuple[Function, s
         need_gpu(device, "flash-attn")
         return optional("flash_attn", "flash-attn").flash_attn_qkvpacked_func, "flash-attn"
 
+    def xformers() -> tuple[Function, str]:
+        need_gpu(device, "xformers")
+        return _xformers(optional("xformers.ops", "xformers")), "xformers"
+
     return {
         "eager": lambda: (_eager, "pytorch"),
         "compile": compiled,
         "naive-attention": lambda: (_naive, "pytorch"),
         **{name: lambda name=name: (_with_backend(name, device), "pytorch") for name in _SDPA},
         "flash-attn": flash_attn,
+        "xformers": xformers,
         "fused": lambda: (_ours(device), "kernel" if device.type == "cuda" else "reference"),
     }
 
@@ -91,6 +96,19 @@ def _with_backend(name: str, device: torch.device) -> Function:
             if "No available kernel" in str(error):
                 raise Unavailable(f"{name} does not take this shape or dtype") from error
             raise
+
+    return function
+
+
+def _xformers(ops: Any) -> Function:
+    """Its attention has our layout, and its ``unbind`` gives the gradient of a packed qkv without a copy."""
+    unbind = getattr(ops, "unbind", torch.unbind)
+
+    def function(qkv: Tensor) -> Tensor:
+        try:
+            return ops.memory_efficient_attention(*unbind(qkv, 2))
+        except NotImplementedError as error:  # none of its operators takes these
+            raise Unavailable(f"xformers: {str(error).splitlines()[0]}") from error
 
     return function
 

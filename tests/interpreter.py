@@ -42,10 +42,20 @@ class Options:
 
 @dataclasses.dataclass
 class Traffic:
-    """Distinct bytes per launch, summed over launches: what perfect caching would move, not the number of requests."""
+    """Distinct bytes of each launch (kernel, read, written): what perfect caching would move, not the number of requests.
 
-    read_bytes: int = 0
-    written_bytes: int = 0
+    What a launch reads back of its own writing is not read.
+    """
+
+    launches: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(read for _, read, _ in self.launches)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(written for _, _, written in self.launches)
 
 
 _options = Options()
@@ -311,8 +321,8 @@ def _launches(runtime: types.ModuleType, tl: types.ModuleType) -> None:
             with np.errstate(all="ignore"):  # a masked-off lane may divide by zero; no GPU warns about it
                 original(self, *args, **kwargs)
             if _traffic is not None:
-                _traffic.read_bytes += sum(int(span.loaded.sum()) for span in _memory.spans)
-                _traffic.written_bytes += sum(int(span.stored.sum()) for span in _memory.spans)
+                read, written = (sum(int(getattr(s, w).sum()) for s in _memory.spans) for w in ("loaded", "stored"))
+                _traffic.launches.append((self.fn.__name__, read, written))
         finally:
             _memory = None
 
@@ -411,9 +421,11 @@ class _Memory:
                 if _options.races:
                     span.enter(kind, offsets, program)
                 if _traffic is not None:
-                    touched = span.loaded if kind == "load" else span.stored
                     for byte in range(size):
-                        touched[offsets + byte] = True
+                        if kind == "load":
+                            span.loaded[offsets + byte] |= ~span.stored[offsets + byte]
+                        else:
+                            span.stored[offsets + byte] = True
         except (IndexError, RuntimeError) as error:
             raise type(error)(f"{kind} in program {program - 1} {grid_index} of {grid}: {error}") from None
 

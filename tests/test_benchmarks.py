@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vitkernels
 from vitkernels import _env
@@ -156,6 +159,147 @@ def test_resampling_measures_its_kernel_whatever_the_environment_says(protocol, 
         assert path == "kernel"
         with vitkernels.backend("reference"):  # as VITKERNELS_BACKEND sets it
             function(torch.randn(1, 1 + case.old[0] * case.old[1], 8))
+
+
+# What others' packages promise, on a CPU: shapes, order of arguments, defaults.
+
+
+def _softmax_attention(q, k, v):  # (B, N, H, Dh) each
+    logits = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
+
+
+class _Layer(torch.nn.Module):
+    """Transformer Engine's: parameters of its names, made on ``meta`` and replaced."""
+
+    def __init__(self, *sizes, eps=1e-5, activation="gelu", device, params_dtype):
+        super().__init__()
+        assert (device, activation) == ("meta", "gelu")
+        self.eps = eps
+        for name, size in self.shapes(*sizes).items():
+            setattr(self, name, torch.nn.Parameter(torch.empty(size, device=device, dtype=params_dtype)))
+
+
+class _LayerNorm(_Layer):
+    def shapes(self, D):
+        return {"weight": (D,), "bias": (D,)}
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class _Linear(_Layer):
+    def shapes(self, K, N):
+        return {"weight": (N, K), "bias": (N,)}
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class _LayerNormMLP(_Layer):
+    def shapes(self, D, hidden):
+        norm = {"layer_norm_weight": (D,), "layer_norm_bias": (D,)}
+        return norm | {"fc1_weight": (hidden, D), "fc1_bias": (hidden,), "fc2_weight": (D, hidden), "fc2_bias": (D,)}
+
+    def forward(self, x):
+        normed = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        hidden = F.gelu(F.linear(normed, self.fc1_weight, self.fc1_bias), approximate="tanh")
+        return F.linear(hidden, self.fc2_weight, self.fc2_bias)
+
+
+def _norm(x, weight, bias, eps):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _quack_mlp(x, weight1, weight2, activation, bias1=None, bias2=None):
+    assert activation == "gelu_tanh_approx"
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+
+
+def _quack_linear_act(x, weight, activation, bias=None, store_preact=True):
+    assert activation == "gelu_tanh_approx"
+    preact = F.linear(x, weight, bias)
+    return preact if store_preact else None, F.gelu(preact, approximate="tanh")
+
+
+_QUACK = {
+    "quack.gemm_interface": {"act_to_pytorch_fn_map": {"gelu_tanh_approx": F.gelu}},
+    "quack.linear": {"linear_func": F.linear, "linear_act_func": _quack_linear_act},
+    "quack.mlp": {"mlp_func": _quack_mlp},
+}
+_ENGINE = {"transformer_engine.pytorch": {"LayerNorm": _LayerNorm, "Linear": _Linear, "LayerNormMLP": _LayerNormMLP}}
+_FLASH = {"flash_attn": {"flash_attn_qkvpacked_func": lambda qkv: _softmax_attention(*qkv.unbind(2))}}
+_XFORMERS = {"memory_efficient_attention": _softmax_attention, "unbind": torch.unbind}
+OTHERS = [
+    ("attention_qkv", "flash-attn", _FLASH),
+    ("attention_qkv", "xformers", {"xformers.ops": _XFORMERS}),
+    ("layer_norm", "liger", {"liger_kernel.ops.layer_norm": {"LigerLayerNormFunction": SimpleNamespace(apply=_norm)}}),
+    ("add_layer_norm", "quack", {"quack.rmsnorm": {"layernorm_fwd": _norm}}),
+    ("add_layer_norm", "transformer_engine", _ENGINE),
+    ("proj", "quack", _QUACK),
+    ("fc1_tanh", "quack", _QUACK),
+    ("mlp_tanh", "quack", _QUACK),
+    ("proj", "transformer_engine", _ENGINE),
+    ("fc1", "transformer_engine", _ENGINE),
+    ("mlp_tanh", "transformer_engine", _ENGINE),
+]
+
+
+def _functions_and_inputs(subject):
+    """The providers' functions, as on a GPU, and inputs for a CPU."""
+    import bench_attention
+    import bench_layer_norm
+    import bench_linear
+    import bench_mlp
+
+    cuda, x = torch.device("cuda"), torch.randn(2, 5, 16)
+    if subject == "attention_qkv":
+        return bench_attention._functions(cuda), [torch.randn(2, 5, 3, 2, 8) * 3]
+    if "layer_norm" in subject:
+        added = subject == "add_layer_norm"
+        return bench_layer_norm._functions(added, cuda, "infer"), [*[x, x.flip(0)][: 1 + added], *torch.randn(2, 16)]
+    if subject == "mlp_tanh":
+        inputs = [x, *torch.randn(2, 16), torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)]
+        return bench_mlp._functions("gelu_tanh", cuda), inputs
+    epilogue = [torch.randn(16), x.flip(0)] if subject == "proj" else []
+    return bench_linear._functions(subject, cuda, "infer"), [x, torch.randn(16, 16), torch.randn(16), *epilogue]
+
+
+@pytest.mark.parametrize(("subject", "provider", "packages"), OTHERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_another_package_is_asked_for_what_eager_computes(protocol, monkeypatch, subject, provider, packages):
+    """Layout, scale and order of arguments, on stand-ins that keep to the package's documentation; without it, the reason."""
+    functions, inputs = _functions_and_inputs(subject)
+    with monkeypatch.context() as patch:
+        for name in packages:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(protocol.Unavailable, match="cannot be imported"):
+            functions[provider]()
+    for name, members in packages.items():
+        monkeypatch.setitem(sys.modules, name.partition(".")[0], types.ModuleType(name.partition(".")[0]))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    function, path = functions[provider]()
+    assert path == provider
+    torch.testing.assert_close(function(*inputs), functions["eager"]()[0](*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_an_activation_that_quack_lacks_is_a_skip(protocol, monkeypatch):
+    import bench_mlp
+
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    for name, members in _QUACK.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    with pytest.raises(protocol.Unavailable, match="this QuACK has no gelu_erf"):
+        bench_mlp._functions("gelu", torch.device("cuda"))["quack"]()
+
+
+def test_a_shape_that_xformers_has_no_operator_for_is_a_skip(protocol):
+    import bench_attention
+
+    def refuse(q, k, v):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n  query: ...")
+
+    with pytest.raises(protocol.Unavailable, match=r"xformers: No operator found .* with inputs:$"):
+        bench_attention._xformers(SimpleNamespace(memory_efficient_attention=refuse))(torch.zeros(1, 2, 3, 1, 8))
 
 
 def test_nothing_is_measured_without_eager(protocol):

@@ -108,9 +108,9 @@ def test_nested_models_are_found():
 
 
 def test_a_model_without_a_vit_block_is_refused_with_what_was_found():
-    with pytest.raises(ValueError, match=r"contains no timm.models.vision_transformer.Block .*\(blocks found: none\)"):
+    with pytest.raises(ValueError, match=r"contains no timm.models.vision_transformer.Block .*\(modules found: none\)"):
         vk.fuse(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"blocks found: .*EvaBlock"):
+    with pytest.raises(ValueError, match=r"modules found: .*EvaBlock"):
         vk.fuse(timm.create_model("eva02_tiny_patch14_224", depth=1))
 
 
@@ -118,6 +118,20 @@ def test_a_model_without_a_vit_block_is_refused_with_what_was_found():
 def test_something_that_is_no_module_is_refused(function):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         function("vit_base_patch16_224")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_compiled_module_is_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match=r"RecursiveScriptModule, whose forward is compiled already: fuse before torch.jit"):
+        vk.fuse(scripted)
+
+
+def test_a_list_of_stems_is_no_module_that_runs():
+    model = nn.Module()
+    model.patch_embed, model.vit = nn.ModuleList([small().patch_embed]), small()
+    vk.fuse(model, strict=True)
+    assert [m.name for m in vk.explain(model).modules] == ["patch_embed.0", "vit.patch_embed", "vit.blocks.0", "vit.blocks.1"]
 
 
 def partly_fusable():
@@ -310,8 +324,12 @@ def test_auto_leaves_the_blocks_of_a_cpu_to_timms_forward_and_keeps_a_promise_to
     expected = model(IMAGES)
     vk.fuse(model)
     assert torch.equal(model(IMAGES), expected)
+    assert "on a CPU under 'auto' fused blocks run timm's forward" in " ".join(str(vk.explain(model)).split())
+    with vk.backend("reference"):
+        assert vk.explain(model).note == ""
     with vk.backend("reference"), pytest.raises(AssertionError, match="an operator was asked"):
         model(IMAGES)
     vk.fuse(vk.unfuse(model), recompute="mlp")
+    assert vk.explain(model).note == ""
     with pytest.raises(AssertionError, match="an operator was asked"):
         model(IMAGES)

@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import nn
 
-from .ops._availability import availability
+from .ops import _availability
 
 _logger = logging.getLogger("vitkernels")
 
@@ -22,6 +22,8 @@ class ModuleReport:
     """One patch embedding, transformer block or attention pooling of a model.
 
     Attributes:
+        fused: it has its fused class, and nothing about it keeps a call from the fused forward. The device and the backend are
+            not looked at: ``FusionReport.operators`` and ``note`` are about them.
         reasons: why it is not fused.
         apart: of a fused patch embedding, why prefix tokens and positions are added by timm in steps of their own.
         takes_uint8: of a patch embedding, if it takes pixels of 0 to 255 too (``fuse(model, input="uint8")``).
@@ -51,14 +53,16 @@ class FusionReport:
         modules: one entry per patch embedding, transformer block and attention pooling, fused or with the reasons why not.
         operators: for each operator the reasons why it runs PyTorch's code instead of its kernel on this model's device and
             dtype; an empty tuple means the kernel.
+        note: why fused blocks run timm's forward here all the same; empty where they do not.
     """
 
     modules: tuple[ModuleReport, ...]
     operators: dict[str, tuple[str, ...]]
+    note: str = ""
 
     @property
     def num_fused(self) -> int:
-        """How many modules run their fused forward."""
+        """How many modules are fused: where kernels can run, these run their fused forward."""
         return sum(m.fused for m in self.modules)
 
     def __str__(self) -> str:
@@ -72,7 +76,7 @@ class FusionReport:
         for name, reasons in self.operators.items():
             operators.add_row(name, "kernel" if not reasons else "PyTorch: " + "; ".join(reasons))
         console = Console(file=io.StringIO(), width=120)
-        console.print(modules, operators)
+        console.print(modules, *([self.note] if self.note else []), operators)
         return console.file.getvalue()
 
 
@@ -96,14 +100,16 @@ def fuse(
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
-        strict: raise if any of these modules would run timm's forward now.
+        strict: raise if any of these modules would not be fused, with ``explain``'s reason; also for a stem or a block that
+            vitkernels has no fused form of. Device and backend do not matter.
         recompute: ``"mlp"``: blocks save nothing of the MLP's width for backward and compute fc1 again there. The gradients
             are bitwise the same; a block saves 6 units instead of 10 (one unit is its input) and costs 11% more FLOPs in
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
         inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
             bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
             no state dict has; the parameters stay as they are. In an ``nn.Sequential`` each block also tells the next its
-            output's row statistics, unless one of the two has hooks. Changed parameters (``load_state_dict``, ``.half()``, a
+            output's row statistics, unless one of the two has hooks. On a CPU under ``auto`` nothing uses the copies: blocks
+            run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
             them, and nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
@@ -116,14 +122,17 @@ def fuse(
         ``model`` itself.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``torch.jit.script`` or ``trace`` made it.
         ValueError: it contains no block of timm's ``vision_transformer``; ``recompute`` or ``input`` is unknown; a block is in
             training mode and ``inference`` was asked for; ``"uint8"``, and there is no timm ``PatchEmbed``, or no mean and std
             in 0..1 for its channels.
-        RuntimeError: ``strict`` and something would not run fused, or a ``forward`` of timm's has an unknown signature.
+        RuntimeError: ``strict`` and something would not run fused, or the ``forward`` of timm's ``Block`` or
+            ``AttentionPoolLatent`` has an unknown signature.
 
         The model is unchanged after an error.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must not be a {type(model).__name__}, whose forward is compiled already: fuse before torch.jit")
     report = explain(model)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
@@ -138,7 +147,7 @@ def fuse(
         )
     if not blocks:
         found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
-        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (blocks found: {found})")
+        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (modules found: {found})")
     not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
     if strict and not_fused:
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
@@ -226,7 +235,8 @@ def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ..
 def explain(model: nn.Module) -> FusionReport:
     """Say of each block, patch embedding and attention pooling if it is fused, or why not, and what each operator runs.
 
-    The state is that of a call now: a fused block with a hook on its ``attn`` is reported as not fused, with that reason.
+    The state is that of a call now: a fused block with a hook on its ``attn`` is reported as not fused, with that reason. Where
+    no kernel can run at all, on a CPU under ``auto``, ``note`` says that fused blocks run timm's forward too.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -247,8 +257,18 @@ def explain(model: nn.Module) -> FusionReport:
         if (reasons := _reasons(name, module)) is not None
     )
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    operators = {op: tuple(why) for op, why in availability(example.device, example.dtype).items()}
-    return FusionReport(reports, operators)
+    operators = {op: tuple(why) for op, why in _availability.availability(example.device, example.dtype).items()}
+    return FusionReport(reports, operators, _note(model, example))
+
+
+def _note(model: nn.Module, example: torch.Tensor) -> str:
+    """What ``FusedBlock.forward`` decides before it looks at the block."""
+    from .models import FusedBlock
+
+    left = any(isinstance(module, FusedBlock) and not module.recompute_mlp for module in model.modules())
+    if not left or not _availability.leaves_to_pytorch(example):
+        return ""
+    return f"on a {example.device.type.upper()} under 'auto' fused blocks run timm's forward: no kernel of theirs can run there"
 
 
 _NOT_YET = "vitkernels.fuse would fuse it"
@@ -263,7 +283,7 @@ def _reasons(name: str, module: nn.Module) -> list[str] | None:
             return fused.why_not(module)
         if type(module) is stock:
             return fused.why_not(module) or [_NOT_YET]
-    if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module) or _is_stem(name):
+    if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module) or _is_stem(name, module):
         return [f"vitkernels has no fused form of {type(module).__module__}.{type(module).__name__}"]
     return None
 
@@ -282,7 +302,9 @@ def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:
     return owner.why_not_merged()
 
 
-def _is_stem(name: str) -> bool:
+def _is_stem(name: str, module: nn.Module) -> bool:
+    if type(module).forward is nn.Module.forward:  # a ModuleList, which nobody calls
+        return False
     return name.rpartition(".")[2] in ("patch_embed", "embeds")  # timm's names, of HybridEmbed and NaFlexEmbeds too
 
 
