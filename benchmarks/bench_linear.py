@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, Unavailable, report
-from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional
+from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, quack_activation
 from torch import Tensor
 from workloads import Case, cases
 
@@ -17,8 +17,9 @@ import vitkernels as vk
 from vitkernels import _select
 
 KINDS = ("qkv", "proj", "fc1", "fc1_tanh", "fc2")
-# plan-*: ours with the plan forced; fused: as the tuned table says. gelu-epilogue is torch._addmm_activation.
-PROVIDERS = ("eager", "compile", "gelu-epilogue", "transformer_engine", "plan-cublas", "plan-triton", "fused")
+# plan-*: ours with the plan forced; fused: as the tuned table says. gelu-epilogue is torch._addmm_activation. Liger has no
+# linear layer of this kind: its MLPs are gated.
+PROVIDERS = ("eager", "compile", "gelu-epilogue", "quack", "transformer_engine", "plan-cublas", "plan-triton", "fused")
 _ACT = {"fc1": "gelu", "fc1_tanh": "gelu_tanh"}
 
 
@@ -46,7 +47,7 @@ def contest(case: Case, device: torch.device, size: str) -> KernelContest:
     inputs = [draw(*rows, K), draw(N, K, scale=K**-0.5), draw(N)]
     if case.subject in ("proj", "fc2"):
         inputs += [draw(N, scale=0.3), draw(*rows, N)]
-    return KernelContest(_functions(case.subject, device), inputs, [draw(*rows, N)], case.mode)
+    return KernelContest(_functions(case.subject, device, case.mode), inputs, [draw(*rows, N)], case.mode)
 
 
 def extra(case: Case, device: torch.device, row: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def extra(case: Case, device: torch.device, row: dict[str, Any]) -> dict[str, An
     return {"flops": flops, "tflops": flops / (row["ms"] / 1000) / 1e12}
 
 
-def _functions(kind: str, device: torch.device) -> dict[str, Callable[[], tuple[Function, str]]]:
+def _functions(kind: str, device: torch.device, mode: str) -> dict[str, Callable[[], tuple[Function, str]]]:
     act = _ACT.get(kind)
 
     def eager(x, weight, bias, layer_scale=None, residual=None, linear=F.linear):
@@ -77,6 +78,16 @@ def _functions(kind: str, device: torch.device) -> dict[str, Callable[[], tuple[
             return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
 
         return function, "pytorch"
+
+    def quack() -> tuple[Function, str]:
+        need_gpu(device, "QuACK")
+        if act is None:
+            linear = optional("quack.linear", "QuACK").linear_func
+            return lambda *inputs: eager(*inputs, linear=linear), "quack"
+        if mode == "train":
+            raise Unavailable("QuACK differentiates an activation together with the layer after it: mlp has it")
+        name, linear_act = quack_activation(act), optional("quack.linear", "QuACK").linear_act_func
+        return lambda x, weight, bias: linear_act(x, weight, name, bias=bias, store_preact=False)[1], "quack"
 
     def transformer_engine() -> tuple[Function, str]:
         need_gpu(device, "Transformer Engine")
@@ -99,6 +110,7 @@ def _functions(kind: str, device: torch.device) -> dict[str, Callable[[], tuple[
         "eager": lambda: (eager, "pytorch"),
         "compile": compiled,
         "gelu-epilogue": gelu_epilogue,
+        "quack": quack,
         "transformer_engine": transformer_engine,
         "plan-cublas": plan("cublas"),
         "plan-triton": plan("triton"),

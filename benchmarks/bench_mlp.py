@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, Unavailable, report
-from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional
+from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, quack_activation
 from torch import Tensor
 from workloads import Case, cases
 
 import vitkernels as vk
 from vitkernels import _select
 
-# plan-*: ours with the plan forced; fused: as the tuned table says; recompute: saves nothing of the hidden width.
-PROVIDERS = ("eager", "compile", "transformer_engine", "plan-cublas", "plan-triton", "recompute", "fused")
+# plan-*: ours with the plan forced; fused: as the tuned table says; recompute: saves nothing of the hidden width. Liger's
+# MLPs are gated.
+PROVIDERS = ("eager", "compile", "quack", "transformer_engine", "plan-cublas", "plan-triton", "recompute", "fused")
 EPS = 1e-6
 _ACT = {"mlp": "gelu", "mlp_tanh": "gelu_tanh"}
 
@@ -59,6 +60,16 @@ def _functions(act: str, device: torch.device) -> dict[str, Callable[[], tuple[F
         need_compiler(device)
         return torch.compile(eager, dynamic=False), "pytorch"
 
+    def quack() -> tuple[Function, str]:
+        need_gpu(device, "QuACK")
+        name, mlp = quack_activation(act), optional("quack.mlp", "QuACK").mlp_func
+
+        def function(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+            normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+            return x + mlp(normed, fc1_weight, fc2_weight, name, bias1=fc1_bias, bias2=fc2_bias)
+
+        return function, "quack"
+
     def transformer_engine() -> tuple[Function, str]:
         need_gpu(device, "Transformer Engine")
         if act != "gelu_tanh":
@@ -84,6 +95,7 @@ def _functions(act: str, device: torch.device) -> dict[str, Callable[[], tuple[F
     return {
         "eager": lambda: (eager, "pytorch"),
         "compile": compiled,
+        "quack": quack,
         "transformer_engine": transformer_engine,
         "plan-cublas": ours("cublas"),
         "plan-triton": ours("triton"),

@@ -41,6 +41,15 @@ def optional(module: str, package: str) -> Any:
         raise Unavailable(f"{package} cannot be imported: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
+def quack_activation(act: str) -> str:
+    """QuACK's name of a GELU; the erf form is new in it."""
+    known = optional("quack.gemm_interface", "QuACK").act_to_pytorch_fn_map
+    name = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh_approx"}[act]
+    if name not in known:
+        raise Unavailable(f"this QuACK has no {name}")
+    return name
+
+
 def need_gpu(device: torch.device, what: str) -> None:
     """Raise ``Unavailable`` on a CPU."""
     if device.type != "cuda":

@@ -211,6 +211,22 @@ def _norm(x, weight, bias, eps):
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _quack_mlp(x, weight1, weight2, activation, bias1=None, bias2=None):
+    assert activation == "gelu_tanh_approx"
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+
+
+def _quack_linear_act(x, weight, activation, bias=None, store_preact=True):
+    assert activation == "gelu_tanh_approx"
+    preact = F.linear(x, weight, bias)
+    return preact if store_preact else None, F.gelu(preact, approximate="tanh")
+
+
+_QUACK = {
+    "quack.gemm_interface": {"act_to_pytorch_fn_map": {"gelu_tanh_approx": F.gelu}},
+    "quack.linear": {"linear_func": F.linear, "linear_act_func": _quack_linear_act},
+    "quack.mlp": {"mlp_func": _quack_mlp},
+}
 _ENGINE = {"transformer_engine.pytorch": {"LayerNorm": _LayerNorm, "Linear": _Linear, "LayerNormMLP": _LayerNormMLP}}
 _FLASH = {"flash_attn": {"flash_attn_qkvpacked_func": lambda qkv: _softmax_attention(*qkv.unbind(2))}}
 _XFORMERS = {"memory_efficient_attention": _softmax_attention, "unbind": torch.unbind}
@@ -220,6 +236,9 @@ OTHERS = [
     ("layer_norm", "liger", {"liger_kernel.ops.layer_norm": {"LigerLayerNormFunction": SimpleNamespace(apply=_norm)}}),
     ("add_layer_norm", "quack", {"quack.rmsnorm": {"layernorm_fwd": _norm}}),
     ("add_layer_norm", "transformer_engine", _ENGINE),
+    ("proj", "quack", _QUACK),
+    ("fc1_tanh", "quack", _QUACK),
+    ("mlp_tanh", "quack", _QUACK),
     ("proj", "transformer_engine", _ENGINE),
     ("fc1", "transformer_engine", _ENGINE),
     ("mlp_tanh", "transformer_engine", _ENGINE),
@@ -243,7 +262,7 @@ def _functions_and_inputs(subject):
         inputs = [x, *torch.randn(2, 16), torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)]
         return bench_mlp._functions("gelu_tanh", cuda), inputs
     epilogue = [torch.randn(16), x.flip(0)] if subject == "proj" else []
-    return bench_linear._functions(subject, cuda), [x, torch.randn(16, 16), torch.randn(16), *epilogue]
+    return bench_linear._functions(subject, cuda, "infer"), [x, torch.randn(16, 16), torch.randn(16), *epilogue]
 
 
 @pytest.mark.parametrize(("subject", "provider", "packages"), OTHERS, ids=lambda value: value if isinstance(value, str) else "")
@@ -261,6 +280,16 @@ def test_another_package_is_asked_for_what_eager_computes(protocol, monkeypatch,
     function, path = functions[provider]()
     assert path == provider
     torch.testing.assert_close(function(*inputs), functions["eager"]()[0](*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_an_activation_that_quack_lacks_is_a_skip(protocol, monkeypatch):
+    import bench_mlp
+
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    for name, members in _QUACK.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    with pytest.raises(protocol.Unavailable, match="this QuACK has no gelu_erf"):
+        bench_mlp._functions("gelu", torch.device("cuda"))["quack"]()
 
 
 def test_a_shape_that_xformers_has_no_operator_for_is_a_skip(protocol):
