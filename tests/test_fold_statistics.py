@@ -18,7 +18,7 @@ import vitkernels as vk
 from vitkernels import _select
 from vitkernels.cli import _ledger
 from vitkernels.cli._chips import CHIPS
-from vitkernels.kernels import _recorder, _tuned, linear
+from vitkernels.kernels import _tuned, linear
 from vitkernels.kernels import folded_linear as kernels
 from vitkernels.models import FusedBlock, FusedBlocks
 from vitkernels.ops.folded_linear import fold_norm
@@ -392,26 +392,3 @@ def test_a_block_that_is_called_by_itself_moves_23(no_interpreter):
     assert [round(units) for _, units in launches] == [1, 4, 4, 3, 0, 5, 6] * 2
     exact = 23 + OF_HEADS + 2 * MOMENTS + 4 * OF_ROWS
     assert sum(units for _, units in launches) == pytest.approx(2 * exact)
-
-
-def test_a_launch_counts_the_bytes_that_it_touches():
-    interpreter = pytest.importorskip("interpreter")
-    if not interpreter._installed:
-        pytest.skip("the interpreter sees what a launch touches")
-    residual = torch.randn(70, 128).bfloat16()
-    x, weight, bias, _ = layer(70, 128, 64, residual)
-
-    def launch():
-        kernels.launch_linear_statistics_fwd(x, weight, bias, None, residual, EPS, "triton", "sm_80")
-
-    counted = [0, 0]
-
-    def record(kernel, reads, writes, flops):
-        counted[0] += sum(map(_ledger._bytes, reads))
-        counted[1] += sum(map(_ledger._bytes, writes))
-
-    with interpreter.record_traffic() as touched:
-        launch()
-    with _recorder.recording(record):
-        launch()
-    assert counted == [touched.read_bytes, touched.written_bytes]
