@@ -466,7 +466,8 @@ def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
 def test_the_whole_grid_is_within_budget(N, Dh, dtype, kind):
     if N > 257 and Dh not in (64, 72, 128):
         pytest.skip("three head dims for the long ones")
-    many = 4 if N <= 2 else 1  # the error of a single row is one of luck, and so is eager's
+    # The largest error of few rows is one of luck, and so is eager's: one head of 65 tokens leaves the budget in 1 of 16 seeds.
+    many = 4 if N <= 2 else 2 if N <= 65 else 1
     check_kind(many, N, many, Dh, dtype, kind)
 
 
