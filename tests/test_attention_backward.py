@@ -4,11 +4,6 @@ What the forward leaves (out, row_max, log_sum) comes from its kernel, whose log
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +17,6 @@ from vitkernels.kernels.attention import launch_attention_fwd
 from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_attention_qkv_bwd
 
 pytestmark = KERNEL_TESTS
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1, 2, 63, 64, 65, 196, 197, 256, 257, 576, 577, 1370)
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
 
@@ -411,48 +405,6 @@ def test_at_least_70_percent_of_the_tensor_core_work_is_useful(N, monkeypatch):
         launch_attention_bwd(tensors[3], *tensors[:3], *left, None, None, 0, 0.125, False, False)
     issued = sum(rows * columns * inner for rows, columns, inner in dots)
     assert 0.70 <= 7 * N * N * 64 * 2 / issued <= 1.0
-
-
-COMPILE = """
-import dataclasses, json, sys
-from types import SimpleNamespace
-import torch
-from vitkernels.kernels import _aot, attention_backward
-
-rows = []
-for arch in json.loads(sys.argv[2]):
-    with _aot.dry_run(arch) as compiled:
-        for N, Dh in json.loads(sys.argv[1]):
-            shape = SimpleNamespace(tokens=N, width=12 * Dh, num_heads=12, train_batch=64)
-            for name, launch in attention_backward.aot_launches(shape):
-                if "fp32" not in name:
-                    launch()
-                    rows += [{"config": name, **dataclasses.asdict(_aot.read(k, arch))} for k in compiled]
-                compiled.clear()
-json.dump(rows, sys.stdout)
-"""
-
-
-def check_compiled(archs, shapes, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(tmp_path))}
-    command = [sys.executable, "-c", COMPILE, json.dumps(shapes), json.dumps(archs)]
-    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    assert {row["arch"] for row in rows} == set(archs)
-    for row in rows:
-        what = (row["arch"], row["config"], row["kernel"], row["constants"])
-        assert row["spill_bytes"] == row["spill_load_bytes"] == 0, what
-        assert row["shared_bytes"] <= row["shared_limit"], what
-        assert row["blocks_per_sm"] >= 1, what
-        assert not row["has_dot"] or row["mma"][{90: "HGMMA", 100: "tcgen05"}.get(row["arch"], "HMMA")] > 0, what
-        assert row["arch"] != 90 or row["mma"]["HMMA"] == 0, what
-
-
-@pytest.mark.slow
-def test_all_head_dims_up_to_128_compile_without_a_spill(tmp_path):
-    check_compiled([80, 90, 100, 120], [(N, Dh) for N in (197, 577) for Dh in HEAD_DIMS], tmp_path)
 
 
 # The whole grid of DESIGN section 6.
