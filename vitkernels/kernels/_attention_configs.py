@@ -110,7 +110,7 @@ def forward_parts(arch: int, dtype: torch.dtype, Dh: int, full_bias: bool) -> di
     """104 is 64 + 32 + 16. Those of the backward in float32: its logits are the forward's to the bit only if it adds up the
     same parts, and a single key's p is 1.
     """
-    parts = backward_parts(arch, Dh, full_bias) if dtype == torch.float32 else _parts(Dh)
+    parts = backward_parts(arch, dtype, Dh, full_bias) if dtype == torch.float32 else _parts(Dh)
     return dict(zip(("D0", "D1", "D2"), [*parts, 0, 0][:3], strict=True))
 
 
@@ -199,7 +199,7 @@ def forward_constants(
     width = sum(parts.values())
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if not config.resident:
-        if dtype == torch.float32 and config.num_warps == 8 and width < 128:
+        if dtype == torch.float32 and config.num_warps == 8 and width <= 128:
             options["maxnreg"] = 128  # ptxas would rather spill 8 bytes for a third program on an SM
         rest = M % config.block_n
         tail = min(config.block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
@@ -218,8 +218,13 @@ def forward_constants(
 # Backward.
 
 
-def backward_parts(arch: int, Dh: int, biased: bool) -> tuple[int, ...]:
-    """104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers."""
+def backward_parts(arch: int, dtype: torch.dtype, Dh: int, biased: bool) -> tuple[int, ...]:
+    """104 is one part of 128: split in three, it spills. So do 88 and 96 with a bias where operands are in registers.
+
+    In float32 a thread holds whole rows of both operands: two parts of 64, as 128 channels would spill 490 bytes.
+    """
+    if dtype == torch.float32:
+        return (64, 64) if 96 < Dh <= 128 else _parts(Dh)
     if 96 < Dh <= 128 or (biased and arch not in (90, 100) and 80 < Dh <= 128):
         return (128,)
     return _parts(Dh)
@@ -259,7 +264,7 @@ def backward_config(
 
 def why_not_backward(config: BackwardConfig, arch: int, Dh: int) -> str:
     """Why a table's entry cannot run; empty if it can."""
-    tiles, width = (16, 32, 64, 128), sum(backward_parts(arch, Dh, False))
+    tiles, width = (16, 32, 64, 128), sum(backward_parts(arch, torch.bfloat16, Dh, False))
     wrong = _not_of(
         {
             "block": (config.block, tiles[1:]),

@@ -389,7 +389,8 @@ def _launch(
         **dict(zip(("dout_strides", "q_strides", "k_strides", "v_strides"), strides, strict=True)),
         **{"bias_strides": bias_strides, "KEY_ONLY": bias_strides[2] == 0},
         **{"num_queries": N, "num_keys": M, "num_heads": H, "num_images": B, "scale": scale},
-        **{"UNIT": unit, "DH": Dh, "PARTS": backward_parts(arch, Dh, biased), "PRECISION": "tf32" if allow_tf32 else "ieee"},
+        **{"UNIT": unit, "DH": Dh, "PARTS": backward_parts(arch, q.dtype, Dh, biased)},
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
         **{"num_warps": config.num_warps, "num_stages": config.num_stages},
         "enable_fp_fusion": True,  # today's default, written down because Triton 3.10 flips it
     }
@@ -403,10 +404,12 @@ def _launch(
     dq_pass = {"out_ptr": out, "row_max_ptr": row_max, "log_sum_ptr": log_sum, "dq_ptr": dq}
     dkdv_pass = {"dk_ptr": dk, "dv_ptr": dv}
     absent = dict.fromkeys((*dq_pass, *dkdv_pass))
+    # In Triton 3.6 ptxas would rather spill 4 bytes of float32 for a third program on an SM.
+    dkdv_options = {"maxnreg": 128} if q.dtype == torch.float32 and 48 < Dh <= 64 else {}
 
-    def launch(tensors: dict[str, Tensor], blocks: int, programs_per_head: int) -> None:
+    def launch(tensors: dict[str, Tensor], blocks: int, programs_per_head: int, **options: int) -> None:
         _attention_bwd_kernel[(blocks * H,)](
-            **{**common, **absent, **tensors},
+            **{**common, **absent, **tensors, **options},
             **{"cu_seqlens_ptr": cu_seqlens, "row_strides": (0, N) if packed else (H * N, N)},
             **{"out_strides": out_strides, "dq_strides": dq_strides, "dkv_strides": dkv_strides},
             **{"programs_per_head": programs_per_head, "ALONE": config.one_program and not packed},
@@ -422,12 +425,12 @@ def _launch(
     if packed:
         blocks = N // config.block + B  # at least what images of any lengths fill
         launch(dq_pass, blocks, blocks)
-        launch(dkdv_pass, blocks, blocks)
+        launch(dkdv_pass, blocks, blocks, **dkdv_options)
     elif config.one_program:
         launch(dq_pass | dkdv_pass, B, 1)
     else:
         launch(dq_pass, B * query_blocks, query_blocks)
-        launch(dkdv_pass, B * key_blocks, key_blocks)
+        launch(dkdv_pass, B * key_blocks, key_blocks, **dkdv_options)
     return launch_dbias(common, bias, config.block, config.key_step) if need_dbias else q.new_empty(0)
 
 
