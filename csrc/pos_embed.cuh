@@ -89,8 +89,8 @@ VITKERNELS_SHARED AntialiasWindow antialias_window(const Axis& axis, int i) {
 }
 
 VITKERNELS_SHARED float antialias_weight(const Axis& axis, float center, int source) {
-    const float offset = static_cast<float>(source) - center + 0.5f;
-    return antialias_filter(product(offset, axis.inverse), axis.filter.cubic);
+    const float offset = static_cast<float>(source) - center;
+    return antialias_filter(fmaf(offset, axis.inverse, 0.5f * axis.inverse), axis.filter.cubic);  // (offset + 0.5) * inverse
 }
 
 // Positions beyond the border count as the border, so their weights are added to its.

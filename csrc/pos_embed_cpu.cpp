@@ -1,6 +1,6 @@
 // The CPU kernel: for a block of channels, rows first into a buffer that stays in the cache, then columns. F.interpolate works in
-// this order too, so with antialias and fused multiply-adds on both sides most results agree bit for bit. With two taps along
-// each axis (bilinear without antialias) the buffer would cost more than it saves: there each output reads its four sources.
+// this order too; with antialias our sums round as its own do, so results agree bit for bit. With two taps along each axis
+// (bilinear without antialias) the buffer would cost more than it saves: there each output reads its four sources.
 //
 // Cost of h x w -> h' x w' with k taps: (h w' k + h' w' k) D multiply-adds, each with one load of a source in the L1 or L2 cache;
 // the source is read and the copy written once. 14x14 -> 24x24 of 768: 2.8 M multiply-adds, 0.6 MB read, 1.8 MB written. At 16
@@ -119,19 +119,26 @@ ALWAYS_INLINE void add_sources(
     }
 }
 
+// In the rounding of F.interpolate with antialias (PyTorch 2.11 to 2.15 for AVX2 and AVX-512): its compiler multiplies the sources
+// after the first four at a time and adds the products in order; up to three are left for fused multiply-adds.
 template <bool kFma, int N>
 ALWAYS_INLINE void weighted_sum_of(
     float* out, const float* source, std::int64_t stride, const float* weights, int count, bool fresh, std::int64_t n
 ) {
+    int apart = count > 4 ? 1 + (count - 1) / 4 * 4 : 0;
     while (count > 0) {
-        const int step = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-        switch (step) {
-            case 8: add_sources<kFma, 8, N>(out, source, stride, weights, fresh, n); break;
-            case 4: add_sources<kFma, 4, N>(out, source, stride, weights, fresh, n); break;
-            case 2: add_sources<kFma, 2, N>(out, source, stride, weights, fresh, n); break;
+        const int step = apart == 0 ? std::min(count, 4) : (apart >= 8 ? 8 : 4) + apart % 4;
+        switch (apart == 0 ? -step : step) {
+            case 9: add_sources<false, 9, N>(out, source, stride, weights, fresh, n); break;
+            case 8: add_sources<false, 8, N>(out, source, stride, weights, fresh, n); break;
+            case 5: add_sources<false, 5, N>(out, source, stride, weights, fresh, n); break;
+            case 4: add_sources<false, 4, N>(out, source, stride, weights, fresh, n); break;
+            case -4: add_sources<kFma, 4, N>(out, source, stride, weights, fresh, n); break;
+            case -3: add_sources<kFma, 3, N>(out, source, stride, weights, fresh, n); break;
+            case -2: add_sources<kFma, 2, N>(out, source, stride, weights, fresh, n); break;
             default: add_sources<kFma, 1, N>(out, source, stride, weights, fresh, n);
         }
-        count -= step, weights += step, source += step * stride, fresh = false;
+        apart -= apart == 0 ? 0 : step, count -= step, weights += step, source += step * stride, fresh = false;
     }
 }
 

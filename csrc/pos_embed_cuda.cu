@@ -1,6 +1,7 @@
-// The CUDA kernels. A block makes one row of one grid for a chunk of channels, in one pass over memory: columns first, into
-// shared memory (eq. 3, rows and columns exchanged), then along the row. Columns first, because the intermediate is then one row
-// of the source, which fits into shared memory up to 512 positions, so that no size needs a second launch.
+// The CUDA kernels. A block makes one row of one grid for a chunk of channels in two passes: columns first, into shared memory
+// (eq. 3, rows and columns exchanged), then along the row. Columns first, because the intermediate is then one row of the source,
+// which fits into shared memory up to 512 positions, so that no size needs a second launch. Where the row's outputs read fewer
+// columns than there are (w' taps < w: smaller grids without antialias), one pass: each output sums its own columns, same bits.
 //
 // 14x14 -> 24x24 of 768 in float32: 144 blocks; 56 source positions of 16 bytes a lane, all but the first in L2; 4.1 MB through
 // L2 and 1.8 MB written, about 1 us at 4 TB/s, so the launch is the floor. Weights: 5 of each column, by the block's threads.
@@ -145,16 +146,23 @@ __global__ void __launch_bounds__(kThreads, 2) resample_forward_kernel(const Arg
     __syncthreads();
 
     const Window rows = *column_window;
-    for (int x = group; mine && x < a.width; x += groups) {
-        float sum[V] = {};
-        for (int j = 0; j < rows.count; ++j) {
+    const auto column_sum = [&](int x, float(&sum)[V]) {
+        for (int v = 0; v < V; ++v) sum[v] = 0.0f;
+        for (int i = 0; i < rows.count; ++i) {
             float value[V];
-            load<V>(table + (grid + std::int64_t{rows.first + j} * a.width + x) * a.channels, value);
-            for (int v = 0; v < V; ++v) sum[v] = fmaf(column[j], value[v], sum[v]);
+            load<V>(table + (grid + std::int64_t{rows.first + i} * a.width + x) * a.channels, value);
+            for (int v = 0; v < V; ++v) sum[v] = fmaf(column[i], value[v], sum[v]);
         }
-        put<V>(line + x * chunk + lane * V, sum);
+    };
+    const bool one_pass = size.width * horizontal.taps < a.width;
+    if (!one_pass) {
+        for (int x = group; mine && x < a.width; x += groups) {
+            float sum[V];
+            column_sum(x, sum);
+            put<V>(line + x * chunk + lane * V, sum);
+        }
+        __syncthreads();
     }
-    __syncthreads();
 
     for (int x = group; mine && x < size.width; x += groups) {
         const std::int64_t row = grid + std::int64_t{y} * size.width + x;
@@ -162,7 +170,14 @@ __global__ void __launch_bounds__(kThreads, 2) resample_forward_kernel(const Arg
         const Window reads = windows[x];
         float sum[V] = {};
         for (int j = 0; j < reads.count; ++j) {
-            add_weighted<V>(line + (reads.first + j) * chunk + lane * V, weights[x * horizontal.taps + j], sum);
+            const float weight = weights[x * horizontal.taps + j];
+            if (one_pass) {
+                float part[V];
+                column_sum(reads.first + j, part);
+                for (int v = 0; v < V; ++v) sum[v] = fmaf(weight, part[v], sum[v]);
+            } else {
+                add_weighted<V>(line + (reads.first + j) * chunk + lane * V, weight, sum);
+            }
         }
         store<V>(copy + row * a.channels, sum);
     }

@@ -104,6 +104,24 @@ def test_outputs_and_gradients_are_those_of_interpolate(old_size, new_size, inte
     assert (mine - exact).abs().max().item() <= budget
 
 
+# F.interpolate of CPUs without AVX2 multiplies and adds apart.
+fuses_multiply_adds = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="PyTorch's kernels are not built for AVX2 here"
+)
+
+
+@needs_extension
+@fuses_multiply_adds
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_with_antialias_the_bits_on_a_cpu_are_those_of_interpolate(interpolation):
+    sides = (1, 2, 3, 5, 7, 8, 12, 14, 16, 21, 24, 37, 64)
+    exchanged = [((h, w), (w, h)) for h, w in itertools.product(sides, sides) if h != w]
+    for old_size, new_size in [*SIZES, *exchanged]:
+        posemb = table(old_size)
+        got = vk.ops.resample_pos_embed(posemb, new_size, old_size, 0, interpolation)
+        assert torch.equal(got, interpolated(posemb, new_size, old_size, interpolation, True)), (old_size, new_size)
+
+
 def assert_close(got, expected):
     tolerance = 2e-6 * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)

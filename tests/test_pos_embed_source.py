@@ -95,6 +95,7 @@ CASES = {
     "down": {"old_size": (13, 17), "sizes": [(4, 5)], "width": 12},
     "up without antialias": {"old_size": (5, 4), "sizes": [(9, 11)], "width": 20, "antialias": False},
     "down without antialias": {"old_size": (13, 17), "sizes": [(4, 5)], "width": 12, "antialias": False},
+    "far down without antialias": {"old_size": (5, 20), "sizes": [(7, 4), (3, 3)], "width": 20, "antialias": False},
     "bilinear": {"old_size": (5, 4), "sizes": [(9, 3)], "width": 20, "interpolation": "bilinear"},
     "bilinear with aligned corners": {
         "old_size": (5, 4),
@@ -103,6 +104,13 @@ CASES = {
         "interpolation": "bilinear",
         "antialias": False,
         "align_corners": True,
+    },
+    "bilinear to half the size": {
+        "old_size": (6, 17),
+        "sizes": [(3, 8)],
+        "width": 12,
+        "interpolation": "bilinear",
+        "antialias": False,
     },
     "one position": {"old_size": (1, 1), "sizes": [(3, 2)], "width": 4},
     "to one position": {"old_size": (6, 7), "sizes": [(1, 1)], "width": 4, "prefix": 0},
