@@ -397,9 +397,10 @@ def _launch(
 
     # One loop whose every step has masks, instead of a loop and a tail: with the tail as large as a step, which it is where the
     # length is not known, what both need stays in registers (92 bytes of spills at Dh = 80; float32 784; with a key mask 84,
-    # and 44 at Dh = 96 on sm_90).
-    in_registers = config.one_program or arch not in (90, 100)
-    crowded = bias is not None and ((in_registers and (Dh > 64 or need_dbias)) or Dh > 80)
+    # and 44 at Dh = 96 on sm_90, 16 at Dh = 32 on sm_120).
+    in_registers = arch not in (90, 100)
+    alone = config.one_program and (Dh > 64 or need_dbias)
+    crowded = bias is not None and (in_registers or alone or Dh > 80)
     masked = packed or q.dtype == torch.float32 or crowded
     dq_pass = {"out_ptr": out, "row_max_ptr": row_max, "log_sum_ptr": log_sum, "dq_ptr": dq}
     dkdv_pass = {"dk_ptr": dk, "dv_ptr": dv}
