@@ -1,5 +1,6 @@
 """Attention is tuned by ``vitkernels tune``, and its launchers follow the table where an entry fits."""
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -49,6 +50,22 @@ def test_the_table_decides_for_the_lengths_of_its_bucket_and_for_nothing_else(ta
     assert backward(257) == backward(M=200) == backward(plain=False) == default_backward != LAUNCHES
     table("forward/64/256", {"plan": "default"})
     assert forward() == default
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
+def test_every_default_is_one_that_a_table_could_choose(arch, dtype):
+    for N, Dh in itertools.product((1, 16, 17, 65, 197, 257, 577, 1370), (1, 32, 64, 72, 80, 88, 96, 104, 128, 136, 256)):
+        for biased, full_bias, packed in (
+            (False, False, False),
+            (True, False, False),
+            (True, True, False),
+            (False, False, True),
+        ):
+            config = _attention_configs.forward_config(arch, dtype, N, N, Dh, biased, full_bias, packed)
+            assert not _attention_configs.why_not_forward(config, arch, N, Dh), config
+            config = _attention_configs.backward_config(arch, dtype, 10**4, N, N, Dh, 264, full_bias, not biased and not packed)
+            assert not _attention_configs.why_not_backward(config, arch, Dh), config
 
 
 def test_lengths_share_a_key_by_64_up_to_512_and_then_by_powers_of_two():

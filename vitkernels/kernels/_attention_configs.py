@@ -134,7 +134,7 @@ def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -
     if dtype == torch.float32:  # multiplied without tensor cores, the operands held in registers
         return 32, 16, 1
     mma_sync = arch // 10 not in _READS_SHARED
-    if width > 128 or (width == 128 and full_bias and mma_sync):
+    if width > 128 or (width == 128 and full_bias and arch // 10 != 9):
         return 64, 16 if full_bias else 32, 2
     keys = 32 if full_bias or width == 112 or (mma_sync and width > 80) else 64
     return 128, keys, 2 if mma_sync or full_bias else 3
@@ -164,6 +164,8 @@ def forward_config(
     block_m = min(largest, 64) if packed else _block_m(N, largest)
     if biased and block_m == 64 and arch // 10 not in _READS_SHARED:  # 12 bytes of spills at 261 keys on sm_120
         block_n = min(block_n, 32)
+    if packed and width > 96 and arch // 10 != 9 and dtype != torch.float32:  # 12 bytes of spills at Dh = 128 on sm_100
+        block_n //= 2
     if block_m == 16:  # one query: attention pooling
         block_n, stages = min(block_n, 32), min(stages, 2)
     wide = dtype == torch.float32 and block_m == 32 and width > 64
