@@ -117,7 +117,8 @@ def test_outputs_over_the_whole_grid(N, head_dim, dtype, kind):
         oracle = reference(*(None if t is None else t.double() for t in inputs))
         assert_within_budget("out", kernel(*inputs), reference(*inputs), oracle)
 
-    many = 4 if N <= 2 else 1  # the error of a single row is one of luck, and so is eager's
+    # The largest error of few rows is one of luck, and so is eager's: over 400 heads of two tokens both are 1e-6 in float32.
+    many = 1 if N > 2 else 20 if dtype == torch.float32 else 4
     check_kind(kind, many, N, many, head_dim, dtype, outputs_only)
 
 
