@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import GELU, GELUTanh, LayerScale, QuickGELU
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels import _env, _select
 from vitkernels.kernels import _tuned, linear_bwd
 from vitkernels.kernels import linear as kernels
-from vitkernels.ops.linear import why_not
+from vitkernels.ops.linear import gemm_plan, why_not
 
 pytestmark = KERNEL_TESTS
 ACTIVATIONS = {None: nn.Identity, "gelu": GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU, "silu": nn.SiLU}
@@ -365,6 +366,72 @@ def test_an_entry_of_the_users_table_decides(user_table):
     assert launched("sm_90", dtype=torch.float32) == ["_linear_epilogue_kernel"]
     user_table("sm_90", {key: {"plan": "cublas"}})
     assert launched("sm_90") == ["_linear_epilogue_kernel"]
+
+
+def operators(call):
+    """The GEMMs and our kernels that ``call`` runs on ``meta`` tensors of a GPU, by name."""
+    from vitkernels.kernels import _recorder
+
+    found = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket._qualified_op_name.removeprefix("aten::") in ("mm", "addmm", "_addmm_activation"):
+                found.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with _recorder.recording(lambda name, *_: found.append(name)), Names():
+        call()
+    return found
+
+
+TANH = {_tuned.gemm_key("gelu_tanh", 128, 64, 300): {"plan": "cublaslt"}}
+
+
+def on_gpu(act="gelu_tanh", plan="inference", bias=True, layer_scale=False, dtype=torch.bfloat16):
+    x, weight, vector = (torch.empty(*size, dtype=dtype, device="meta") for size in ((300, 64), (128, 64), (128,)))
+    vectors = (vector if bias else None, act, vector if layer_scale else None)
+    return operators(lambda: kernels.launch_linear_fwd(x, weight, *vectors, None, None, dtype, "none", False, plan, "sm_90"))
+
+
+def test_cublas_applies_the_tanh_form_of_gelu_where_a_table_says_so_and_no_gradient_needs_z(user_table):
+    apart = ["addmm", "_linear_epilogue_kernel"]
+    assert on_gpu() == apart
+    user_table("sm_90", TANH)
+    assert on_gpu() == ["_addmm_activation"]
+    assert on_gpu(plan="auto") == on_gpu(plan="cublas") == on_gpu(act="gelu") == on_gpu(layer_scale=True) == apart
+    assert on_gpu(bias=False) == ["mm", "_linear_epilogue_kernel"]
+    assert on_gpu(dtype=torch.float32) == apart
+    assert on_gpu(plan="triton") == ["_linear_descriptor_kernel"]
+
+
+def test_the_tanh_form_of_gelu_without_an_entry_takes_that_of_other_activations(user_table):
+    act = {_tuned.gemm_key("act", 128, 64, 300): kernels.config_entry(kernels._DESCRIPTOR)}
+    user_table("sm_90", act)
+    assert on_gpu() == ["_linear_descriptor_kernel"]
+    user_table("sm_90", act | TANH)
+    assert on_gpu() == ["_addmm_activation"]
+    assert on_gpu(act="gelu") == ["_linear_descriptor_kernel"]
+
+
+def test_only_calls_without_gradients_are_inference():
+    assert gemm_plan() == "auto"
+    with torch.no_grad():
+        assert gemm_plan() == "inference"
+        with _select.planning("cublas"):
+            assert gemm_plan() == "cublas"
+    with torch.inference_mode():
+        assert gemm_plan() == "inference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the operator of a CPU")
+def test_an_entry_for_cublas_own_epilogue_changes_nothing_on_a_cpu(user_table):
+    """Where that operator applies the erf form."""
+    user_table("sm_90", TANH)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((300, 64), (128, 64), (128,)))
+    arguments = (x, weight, bias, "gelu_tanh", None, None, None, x.dtype, "none", False)
+    got, expected = (kernels.launch_linear_fwd(*arguments, plan, "sm_90")[0] for plan in ("inference", "cublas"))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}', '{"format": 0, "linear": {}}'])

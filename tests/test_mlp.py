@@ -8,7 +8,7 @@ import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear import ACTIVATIONS, VARIANTS, drop_path, running, saved_elements, user_table  # noqa: F401  a fixture
+from test_linear import ACTIVATIONS, VARIANTS, drop_path, operators, running, saved_elements, user_table  # noqa: F401
 from timm.layers import LayerScale, Mlp
 from torch import nn
 
@@ -262,6 +262,23 @@ def test_biases_stay_apart_where_that_does_not_pay_and_results_are_within_budget
         monkeypatch.setitem(VARIANTS, "cublas", ("auto", "sm_90"))
     assert_matches_reference(second_half("ours"), second_half("reference"), inputs, dy)
     assert products == []
+
+
+def test_biases_stay_apart_where_cublas_applies_the_activation(products, user_table):  # noqa: F811
+    """A pass over z that is saved is worth more."""
+    from vitkernels.kernels.mlp import launch_mlp_fwd
+
+    _, x, _, owed, *layers = [torch.empty_like(t, device="meta") for t in of_second_half(torch.bfloat16)]
+
+    def forward():
+        options = ("gelu_tanh", None, None, x.dtype, False, False, "inference", "sm_90")
+        launch_mlp_fwd(x, owed, *layers[:2], 1e-6, *layers[2:], *options)
+
+    assert operators(forward) == ["_layer_norm_fwd_kernel", "addmm", "_linear_epilogue_kernel", "addmm"]
+    assert products == [2]
+    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", 56, 48, 74): {"plan": "cublaslt"}})
+    assert operators(forward) == ["_layer_norm_fwd_kernel", "_addmm_activation", "addmm", "_linear_epilogue_kernel"]
+    assert products == [2]
 
 
 def test_mlp_alone_takes_its_own_bias_along(products):

@@ -428,8 +428,23 @@ def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, ca
     assert blocks == [256, 256]
 
 
+def test_a_model_with_the_tanh_form_of_gelu_tunes_cublas_own_epilogue_too(clock, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "_makers", lambda: {"linear": MAKERS()["linear"]})
+    monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(10, 64, 1, 128, "gelu_tanh", patch=0, image=160))
+    document = tuned(capsys, "test_vit", "--batch-sizes", "1")
+    kinds = {row["key"].partition("/")[0]: row for row in document["rows"]}
+    assert set(kinds) == {"gelu_tanh", "residual", "plain", "norm_act", "norm"}
+    assert [kind for kind, row in kinds.items() if "cublaslt" in row["us"]] == ["gelu_tanh"]
+    assert all(row["refused"] == row["broken"] == {} for row in kinds.values())
+
+
+def test_the_shape_of_a_model_names_its_activation():
+    assert tune._shape("vit_base_patch32_siglip_256").act == "gelu_tanh"
+    assert tune._shape("vit_tiny_patch16_224").act == "gelu"
+
+
 def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypatch):
-    monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, patch=0, image=160))
+    monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, "gelu", patch=0, image=160))
     assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"attention", "linear"}
 
 

@@ -13,6 +13,7 @@ class Workload:
         tokens: T, prefix tokens included; width: D; depth: L; num_heads: H; hidden: F, of the MLP.
         patch: p; image: pixels a side.
         infer_batch, train_batch: images, chosen to fill one H200.
+        act: of the MLP.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Workload:
     image: int
     infer_batch: int
     train_batch: int
+    act: str = "gelu"
 
     @property
     def head_dim(self) -> int:

@@ -182,6 +182,7 @@ class _ModelShape:
     width: int
     num_heads: int
     hidden: int
+    act: str
     patch: int
     image: int
 
@@ -189,6 +190,7 @@ class _ModelShape:
 def _shape(name: str) -> Shape:
     """Of a model's blocks, which are alike in every ViT that can be fused, and of its patch embedding."""
     from ..models import FusedBlock, FusedPatchEmbed
+    from ..models.block import activation_name
     from . import roofline
 
     model = _models.fuse(roofline._on_meta(name), name)
@@ -199,7 +201,8 @@ def _shape(name: str) -> Shape:
     stem = next((module for module in model.modules() if isinstance(module, FusedPatchEmbed)), None)
     patches = {0} if stem is None else set(stem.patch_size)
     patch, image = (patches.pop() if len(patches) == 1 else 0), model.default_cfg["input_size"][-1]
-    return _ModelShape(tokens, width, block.attn.num_heads, block.mlp.fc1.weight.shape[0], patch, image)
+    act = activation_name(block.mlp.act)
+    return _ModelShape(tokens, width, block.attn.num_heads, block.mlp.fc1.weight.shape[0], act, patch, image)
 
 
 # How.

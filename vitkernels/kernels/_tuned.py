@@ -32,8 +32,9 @@ def gemm_key(kind: str, N: int, K: int, rows: int) -> str:
     """Key of the GEMM (rows, K) x (K, N) in the table of stem ``linear``.
 
     Args:
-        kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save. ``norm`` and ``norm_act``: with a
-            LayerNorm folded in; an entry ``cublas`` stands for LayerNorm, then whatever runs ``plain`` or ``act``.
+        kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save. ``gelu_tanh``: ``act`` of that form,
+            whose entry may be ``cublaslt``. ``norm`` and ``norm_act``: with a LayerNorm folded in; an entry ``cublas`` stands
+            for LayerNorm, then whatever runs ``plain``, ``act`` or ``gelu_tanh``.
     """
     return f"{kind}/{N}/{K}/{bucket(rows)}"
 

@@ -19,6 +19,7 @@ class Shape(Protocol):
     width: int
     num_heads: int
     hidden: int
+    act: str  # of the MLP
     patch: int  # 0: no patch embedding of ours, or no square patches
     image: int
 

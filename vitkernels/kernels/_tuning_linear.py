@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.linear import ACTIVATIONS
 from . import _tuned
 from ._tuning import Case, Problem, Shape
 from .folded_linear import launch_folded_linear_fwd
-from .linear import GemmConfig, config_entry, launch_linear_fwd
+from .linear import GemmConfig, config_entry, kind_of, launch_linear_fwd
 
 # Tile, warps, stages, quarters or halves of the store, blocks an SM. Two blocks an SM hide one's epilogue behind the other's
 # products; the larger tiles read less and leave room for one. What does not fit a chip's shared memory is not measured.
@@ -56,8 +57,9 @@ def candidates(arch: str, N: int, K: int) -> tuple[GemmConfig, ...]:
 def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
     """A block's GEMMs, those that save most first, in bfloat16."""
     D, hidden, rows = shape.width, shape.hidden, batch * shape.tokens
+    act = kind_of(shape.act)
     gemms = (
-        ("fc1", "act", hidden, D),
+        ("fc1", act, hidden, D),
         ("fc2", "residual", D, hidden),
         ("proj", "residual", D, D),
         ("qkv", "plain", 3 * D, D),
@@ -66,8 +68,10 @@ def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
     )
     for name, kind, N, K in gemms:
         entries = {"cublas": {"plan": "cublas"}, **{_name(c): config_entry(c) for c in candidates(arch, N, K)}}
+        if kind == "gelu_tanh":
+            entries["cublaslt"] = {"plan": "cublaslt"}
         title = f"{name} {N} x {K}, {rows} rows"
-        problem = partial(_problem, kind, rows, N, K, arch)
+        problem = partial(_problem, kind, shape.act, rows, N, K, arch)
         yield Case("linear", _tuned.gemm_key(kind, N, K, rows), kind, title, rows, entries, problem)
 
 
@@ -77,7 +81,7 @@ def _name(config: GemmConfig) -> str:
     return name + (f" /{config.subtiles} x{config.programs_per_sm}" if config.kernel == "descriptor" else "")
 
 
-def _problem(kind: str, rows: int, N: int, K: int, arch: str, device: torch.device) -> Problem:
+def _problem(kind: str, act: str, rows: int, N: int, K: int, arch: str, device: torch.device) -> Problem:
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -85,20 +89,20 @@ def _problem(kind: str, rows: int, N: int, K: int, arch: str, device: torch.devi
 
     x, weight, bias = draw(rows, K), draw(N, K, scale=K**-0.5), draw(N)
     residual = draw(rows, N) if kind == "residual" else None
-    act = "gelu" if kind in ("act", "norm_act") else None
+    act = act if kind in ("act", "gelu_tanh", "norm_act") else None
     norm = (1 + draw(K, scale=0.3), draw(K, scale=0.3)) if kind in ("norm", "norm_act") else None
     folded = () if norm is None else _fold(weight, bias, *norm)
 
     def run() -> Tensor:
         if norm is not None:
-            return launch_folded_linear_fwd(x, None, None, *norm, _EPS, weight, bias, *folded, act, "auto", arch)
-        y, _ = launch_linear_fwd(x, weight, bias, act, None, None, residual, x.dtype, "none", False, "auto", arch)
+            return launch_folded_linear_fwd(x, None, None, *norm, _EPS, weight, bias, *folded, act, "inference", arch)
+        y, _ = launch_linear_fwd(x, weight, bias, act, None, None, residual, x.dtype, "none", False, "inference", arch)
         return y
 
     def expected(dtype: torch.dtype) -> Tensor:
         h = x.to(dtype) if norm is None else F.layer_norm(x.to(dtype), (K,), *(t.to(dtype) for t in norm), _EPS)
         y = F.linear(h, weight.to(dtype), bias.to(dtype))
-        y = F.gelu(y) if act else y
+        y = ACTIVATIONS[act](y)
         return y if residual is None else residual.to(dtype) + y
 
     return Problem(run, partial(expected, x.dtype), partial(expected, torch.float64))

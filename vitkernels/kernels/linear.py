@@ -8,8 +8,8 @@ layer_scale * act(z). Bytes and floor, M rows, s bytes an element, p = 2 M N K F
 
 ViT-B/16 at B = 256, fc1 on an H200 (790 TFLOP/s, 4.3 TB/s): p = 238 GFLOP, 301 us; the pass over z that the epilogue saves
 costs 144 us, so a GEMM at 0.68 of cuBLAS's speed breaks even. A tuned table decides (``_tuned.py``); no entry is cuBLAS.
-cuBLASLt has an epilogue of its own, ``torch._addmm_activation``, for the tanh form of GELU, which no workload has: no plan uses
-it, and bench_linear.py measures it.
+cuBLASLt has an epilogue of its own, ``torch._addmm_activation``, for the tanh form of GELU (SigLIP 2): where a table says
+``cublaslt``, plan cublas without gradients has no pass over z. With gradients it would have no z to save.
 
 The epilogue works on the float32 accumulator and rounds once. erf is a polynomial (``_activation.py``), since ``erf`` costs
 more instructions than the tensor cores leave idle. The descriptor kernel (sm_90 on) is persistent, and stores the tile in
@@ -21,7 +21,7 @@ multiple of 16 bytes.
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -427,7 +427,8 @@ def launch_linear_fwd(
     epilogue = (act, layer_scale, *samples(drop_path, M), None if residual is None else matrix(residual))
     with torch._C._DisableAutocast():  # the operator's dtypes are its arguments'
         if config is None:
-            y, z = _cublas(rows, weight, bias, epilogue, out_dtype, preact)
+            in_cublas = gelu_in_cublas(act, rows, weight, bias, plan, arch)
+            y, z = _cublas(rows, weight, bias, epilogue, out_dtype, preact, in_cublas)
         else:
             z = torch.empty(M, N, dtype=x.dtype, device=x.device) if preact != "none" else None
             y = torch.empty(M, N, dtype=out_dtype, device=x.device) if preact != "only" else None
@@ -437,16 +438,29 @@ def launch_linear_fwd(
 
 
 def _config(act, layer_scale, residual, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:
-    kind = "act" if act is not None else "plain" if residual is None and layer_scale is None else "residual"
-    return config_of(kind, x, weight, plan, arch)
+    kind = "plain" if residual is None and layer_scale is None else "residual"
+    return config_of(kind if act is None else kind_of(act), x, weight, plan, arch)
+
+
+def kind_of(act: str) -> str:
+    """The tanh form of GELU has a kind of its own, for cuBLASLt has it too."""
+    return "gelu_tanh" if act == "gelu_tanh" else "act"
+
+
+def _entry(kind: str, x: Tensor, weight: Tensor, arch: str) -> dict[str, Any] | None:
+    """The table's. What was measured with another activation stands for the tanh form that was not measured."""
+    kinds = ("gelu_tanh", "act") if kind == "gelu_tanh" else (kind,)
+    found = (_tuned.lookup(arch, "linear", _tuned.gemm_key(kind, *weight.shape, x.shape[0])) for kind in kinds)
+    return next((entry for entry in found if entry is not None), None)
 
 
 def config_of(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:
     """The fused GEMM's configuration; None for cuBLAS. It depends on the shape alone, not on what is saved for backward."""
-    if plan == "cublas" or (plan == "auto" and x.dtype == torch.float32):  # no tensor core multiplies float32
+    forced = plan == "triton"
+    if plan == "cublas" or (not forced and x.dtype == torch.float32):  # no tensor core multiplies float32
         return None
-    entry = _tuned.lookup(arch, "linear", _tuned.gemm_key(kind, *weight.shape, x.shape[0]))
-    if plan == "auto" and (entry is None or entry["plan"] == "cublas"):
+    entry = _entry(kind, x, weight, arch)
+    if not forced and (entry is None or entry["plan"] != "triton"):
         return None
     if x.dtype == torch.float32:
         return _POINTER_FLOAT32
@@ -455,8 +469,16 @@ def config_of(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> Gem
         return _default(arch) if aligned else _POINTER_UNALIGNED
     config = GemmConfig(**entry["config"])
     if config.kernel == "descriptor" and not aligned:
-        return None if plan == "auto" else _POINTER_UNALIGNED  # what was measured cannot run
+        return _POINTER_UNALIGNED if forced else None  # what was measured cannot run
     return config
+
+
+def gelu_in_cublas(act: str | None, x: Tensor, weight: Tensor, bias: Tensor | None, plan: str, arch: str) -> bool:
+    """Whether cuBLASLt's epilogue applies ``act``. On a CPU PyTorch's operator applies the erf form."""
+    if act != "gelu_tanh" or plan != "inference" or bias is None or x.is_cpu or x.dtype == torch.float32:
+        return False
+    entry = _entry("gelu_tanh", x, weight, arch)
+    return entry is not None and entry["plan"] == "cublaslt"
 
 
 def _default(arch: str) -> GemmConfig:
@@ -475,9 +497,12 @@ def _describable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _cublas(x, weight, bias, epilogue, out_dtype, preact: str) -> tuple[Tensor | None, Tensor | None]:
+def _cublas(x, weight, bias, epilogue, out_dtype, preact: str, gelu_in_cublas: bool) -> tuple[Tensor | None, Tensor | None]:
     act, layer_scale, drop_path, rows_per_sample, residual = epilogue
-    plain = act is None and layer_scale is None and drop_path is None
+    scaled = layer_scale is not None or drop_path is not None
+    if gelu_in_cublas and not scaled and residual is None and out_dtype == x.dtype and preact == "none":
+        return torch._addmm_activation(bias.to(x.dtype), x, weight.t(), use_gelu=True), None
+    plain = act is None and not scaled
     if plain and bias is None and residual is not None and residual.dtype == x.dtype == out_dtype and preact == "none":
         return torch.addmm(residual, x, weight.t()), None
     z = F.linear(x, weight, None if bias is None else bias.to(x.dtype))

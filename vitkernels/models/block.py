@@ -102,7 +102,7 @@ class FusedBlock(Block):
             The block's output, and its rows' statistics for the follower.
         """
         attn, feed_forward, norm2 = self.attn, self.mlp, self.norm2  # each lookup on a module costs 0.4 us
-        qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, _act(feed_forward.act)
+        qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, activation_name(feed_forward.act)
 
         if folded is None or folded.qkv is None:
             packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
@@ -285,7 +285,7 @@ def _scaled(
     return (layer.weight, layer.bias, _gamma(scale)) if folded is None else (*folded, None)
 
 
-def _act(module: nn.Module) -> str:
+def activation_name(module: nn.Module) -> str:
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return _ACTIVATIONS[type(module)]

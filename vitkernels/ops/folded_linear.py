@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _select
 from ..reference.linear import ACTIVATIONS
 from ._register import register
-from .linear import MIN_BYTES, PLANS, compute_dtype, flat, linear, why_not
+from .linear import MIN_BYTES, PLANS, compute_dtype, flat, gemm_plan, linear, why_not
 
 
 class Statistics(NamedTuple):
@@ -92,8 +92,8 @@ def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
     # The float32 stream of autocast would be rounded before its mean is subtracted; float32 has no rounding of LN(x) to save.
     if not compute_dtype(x) == x.dtype == weight.dtype != torch.float32 or torch.is_grad_enabled():
         return False
-    plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x)
-    if plan != "auto" or arch is None:
+    plan, arch = gemm_plan(), _select.target(x)
+    if plan in PLANS or arch is None:
         return plan == "triton"
     N, K = weight.shape
     if torch.compiler.is_compiling():
@@ -129,7 +129,7 @@ def folded_linear(
     if not here or not _select.use_kernel("linear", x, lambda: why_not(x, weight, *others, norm=True), MIN_BYTES):
         return linear(x, weight, bias, act=act, norm=norm)
     norm_weight, norm_bias, eps = norm
-    settings = (act, _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or "")
+    settings = (act, gemm_plan(), _select.target(x) or "")
     rows = (None, None) if statistics is None else statistics
     return torch.ops.vitkernels.folded_linear_fwd(x, *rows, norm_weight, norm_bias, eps, weight, bias, *folded, *settings)
 
@@ -148,6 +148,6 @@ def linear_statistics(
     of_one_dtype = x.dtype == residual.dtype == (residual if layer_scale is None else layer_scale).dtype
     if not of_one_dtype or not _select.use_kernel("linear", x, reasons, MIN_BYTES):
         return linear(x, weight, bias, layer_scale=layer_scale, residual=residual), None
-    plan, arch = _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or ""
+    plan, arch = gemm_plan(), _select.target(x) or ""
     y, *rows = torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, layer_scale, residual, eps, plan, arch)
     return y, Statistics(*rows)

@@ -18,7 +18,7 @@ from .layer_norm import KERNEL_DTYPES, MAX_D, check_norm
 
 # As for layer_norm, whose comment derives it: a smaller x belongs to a block that waits for the host.
 MIN_BYTES = 8 * 2**20
-PLANS = ("cublas", "triton")  # of a GEMM with its epilogue; "auto": what the tuned table says
+PLANS = ("cublas", "triton")  # of a GEMM with its epilogue
 
 
 # 1. Registration. Bytes per element of y: forward as in kernels/linear.py; backward with an activation reads 2 and writes 2,
@@ -404,7 +404,12 @@ def promoted(dtype: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
 def gemm_settings(x: Tensor, dtype: torch.dtype) -> tuple[bool, bool, str, str]:
     """The global state that a GEMM depends on: does autograd record, may float32 be TF32, plan and architecture."""
     allow_tf32 = dtype == torch.float32 and allows_tf32()
-    return torch.is_grad_enabled(), allow_tf32, _select.choose_plan(PLANS, lambda: "auto"), _select.target(x) or ""
+    return torch.is_grad_enabled(), allow_tf32, gemm_plan(), _select.target(x) or ""
+
+
+def gemm_plan() -> str:
+    """``auto``: what the tuned table says; ``inference``: the same, and no pre-activation will be wanted. Or what is forced."""
+    return _select.choose_plan(PLANS, lambda: "auto" if torch.is_grad_enabled() else "inference")
 
 
 def allows_tf32() -> bool:

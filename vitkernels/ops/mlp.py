@@ -18,10 +18,10 @@ from .folded_linear import Folded, Statistics, folded_linear, folds, linear_stat
 from .layer_norm import check_norm, shifted
 from .linear import (
     MIN_BYTES,
-    PLANS,
     check_drop_path,
     compute_dtype,
     flat,
+    gemm_plan,
     gemm_settings,
     incoming,
     linear,
@@ -239,7 +239,7 @@ def projected_mlp(
         return why_not(heads, weight, parameters[4], x, bias, *parameters)
 
     narrow = x.dtype == heads.dtype == compute_dtype(x) != torch.float32
-    owes = narrow and bias is not None and not _env.ADDMM_COPIES and _select.choose_plan(PLANS, lambda: "auto") != "triton"
+    owes = narrow and bias is not None and not _env.ADDMM_COPIES and gemm_plan() != "triton"
     if owes and _select.use_kernel("mlp", x, reasons, MIN_BYTES):
         return _run(linear(heads, weight, residual=x), bias, parameters, eps, act, None, None, recompute)
     return mlp(linear(heads, weight, bias, residual=x), *parameters, eps=eps, act=act, recompute=recompute)
