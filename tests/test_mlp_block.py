@@ -84,7 +84,7 @@ def cases():
             )
 
 
-@pytest.mark.parametrize(("arguments", "dtype", "variant"), cases())
+@pytest.mark.parametrize(("arguments", "dtype", "variant"), list(cases()))
 def test_a_model_is_within_budget_of_timms(arguments, dtype, variant):
     torch.manual_seed(1)
     judged(variant, small(**arguments), dtype)

@@ -53,16 +53,6 @@ _FLOAT32 = PatchConfig(64, 64, 32, num_warps=8, num_stages=3)  # with 4 warps it
 
 
 @triton.jit
-def _tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile index to its row and column; GROUP_M rows of tiles share their columns of the second operand in the L2 cache."""
-    group = tile // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first + within % rows, within // rows
-
-
-@triton.jit
 def _patch_offsets(
     image, patch, line, grid_w, image_stride, line_stride,
     COLUMN_STRIDE: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, UNIT: tl.constexpr,

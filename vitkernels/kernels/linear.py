@@ -32,6 +32,7 @@ from torch import Tensor
 from . import _tuned
 from ._activation import activation
 from ._device import multiprocessors
+from ._tile_order import tile_at
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -80,17 +81,6 @@ _DESCRIPTOR = GemmConfig("descriptor", 128, 128, 64, num_warps=8, num_stages=3)
 _POINTER = GemmConfig("pointer", 128, 128, 32, num_warps=8, num_stages=4)
 _POINTER_UNALIGNED = GemmConfig("pointer", 128, 64, 32, num_warps=8, num_stages=3)  # narrow accesses take registers
 _POINTER_FLOAT32 = GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
-
-
-@triton.jit
-def _tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile index to its row and column; GROUP_M rows of tiles share their columns of the weight in the L2 cache."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = tile // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first + within % rows, within // rows
 
 
 @triton.jit
@@ -183,7 +173,7 @@ def _linear_pointer_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tile_m, tile_n = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -315,7 +305,7 @@ def _linear_descriptor_kernel(
 
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = _tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_at(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):  # what lies beyond an edge arrives as zero

@@ -34,11 +34,11 @@ from ._patch_tiles import (
     _options,
     _patch_offsets,
     _pixel_offsets,
-    _tile,
     aot_kinds,
     aot_tensors,
     flops,
 )
+from ._tile_order import tile_at
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -87,7 +87,7 @@ def _patch_embed_fwd_kernel(
     is_patches = tile < tiles_m * tiles_n
     num_tokens = num_prefix + num_patches
     if is_patches:
-        tile_m, tile_n = _tile(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         image, patch = rows // num_patches, rows % num_patches

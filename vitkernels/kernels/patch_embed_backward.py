@@ -26,11 +26,11 @@ from ._patch_tiles import (
     _options,
     _patch_offsets,
     _pixel_offsets,
-    _tile,
     aot_kinds,
     aot_tensors,
     flops,
 )
+from ._tile_order import tile_at
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -133,7 +133,7 @@ def _patch_embed_dimages_kernel(
     GROUP_M: tl.constexpr,
 ):
     K: tl.constexpr = CHANNELS * PATCH_H * PATCH_W
-    tile_m, tile_k = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
+    tile_m, tile_k = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     depth = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     image, patch = rows // num_patches, rows % num_patches
