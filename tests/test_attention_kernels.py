@@ -184,14 +184,15 @@ def test_no_image_or_no_token(shape):
     assert results["gradient of input 0"].shape == (*shape, 3, 2, 16)
 
 
-@pytest.mark.parametrize("N", [50, 333])
+@pytest.mark.parametrize("dtype", [bf16, torch.float32], ids=str)
+@pytest.mark.parametrize("N", [50, 257, 333])  # keys in one pass, in several, and streamed
 @pytest.mark.parametrize("shape", ["rows", "keys"])
-def test_rows_masked_by_minus_infinity_give_zeros_and_zero_gradients(N, shape):
-    bias = torch.zeros(1, 1, N, N)
+def test_rows_masked_by_minus_infinity_give_zeros_and_zero_gradients(N, shape, dtype):
+    bias = torch.zeros(1, 1, N, N, dtype=dtype)
     bias[..., : N // 2] = -torch.inf  # whole blocks of keys
     bias[:, :, 2] = -torch.inf
     bias = bias[:, :, 2:3] if shape == "keys" else bias
-    qkv = packed_qkv(1, N, 1, 16).requires_grad_()
+    qkv = packed_qkv(1, N, 1, 16, dtype).requires_grad_()
     out = kernel(qkv, bias=bias)
     out.sum().backward()
     assert not out[:, 2].any()
