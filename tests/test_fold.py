@@ -379,6 +379,50 @@ def test_a_changed_part_of_a_block_folds_again(change):
 
 
 @on_a_cpu
+@pytest.mark.parametrize("what", ["parameter", "data"])
+def test_what_changes_twice_between_calls_folds_again_though_its_memory_is_reused(what):
+    stock, model = folded(init_values=0.1)
+    for factor in (2.0, 0.7) * 10:
+        for network in (stock, model):
+            layer = network.blocks[1].mlp.fc2
+            for step in (0.5, 2 * factor):
+                if what == "parameter":
+                    layer.weight = nn.Parameter(step * layer.weight.detach())
+                else:
+                    layer.weight.data = step * layer.weight.data
+        assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
+def test_a_copy_and_a_pickle_fold_again_and_hold_no_memory_of_the_original():
+    stock, model = folded(init_values=0.1)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.blocks[0].folded_of is None
+        assert_follows(copied, stock)
+        assert uses_folded(copied)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("arguments", ARGUMENTS[:2], ids=str)
+def test_only_a_model_that_is_fused_for_inference_asks_for_plans_that_leave_nothing_for_backward(arguments):
+    plans = []
+
+    class Plans(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "mlp_fwd":
+                plans.append(args[-2])
+            return func(*args, **(kwargs or {}))
+
+    model = small(act_layer="gelu_tanh", **arguments).bfloat16()
+    for options, plan in (({}, "auto"), ({"inference": True}, "inference")):
+        plans.clear()
+        with torch.no_grad(), vk.backend("fused"), Plans():
+            vk.fuse(copy.deepcopy(model), **options)(IMAGES.bfloat16())
+        assert set(plans) == {plan}
+
+
+@on_a_cpu
 def test_an_optimizers_step_folds_again_and_gradients_reach_the_parameters():
     stock, model = folded(init_values=0.1)
     for network in (stock, model):

@@ -394,7 +394,7 @@ def on_gpu(act="gelu_tanh", plan="inference", bias=True, layer_scale=False, dtyp
     return operators(lambda: kernels.launch_linear_fwd(x, weight, *vectors, None, None, dtype, "none", False, plan, "sm_90"))
 
 
-def test_cublas_applies_the_tanh_form_of_gelu_where_a_table_says_so_and_no_gradient_needs_z(user_table):
+def test_cublas_applies_the_tanh_form_of_gelu_for_inference_where_a_table_says_so(user_table):
     apart = ["addmm", "_linear_epilogue_kernel"]
     assert on_gpu() == apart
     user_table("sm_90", TANH)
@@ -411,17 +411,16 @@ def test_the_tanh_form_of_gelu_without_an_entry_takes_that_of_other_activations(
     assert on_gpu() == ["_linear_descriptor_kernel"]
     user_table("sm_90", act | TANH)
     assert on_gpu() == ["_addmm_activation"]
-    assert on_gpu(act="gelu") == ["_linear_descriptor_kernel"]
+    assert on_gpu(act="gelu") == on_gpu(plan="auto") == ["_linear_descriptor_kernel"]
 
 
-def test_only_calls_without_gradients_are_inference():
-    assert gemm_plan() == "auto"
+def test_the_plan_does_not_depend_on_the_grad_mode():
     with torch.no_grad():
-        assert gemm_plan() == "inference"
-        with _select.planning("cublas"):
-            assert gemm_plan() == "cublas"
-    with torch.inference_mode():
-        assert gemm_plan() == "inference"
+        assert gemm_plan() == "auto"
+    assert gemm_plan() == "auto"
+    assert gemm_plan(inference=True) == "inference"
+    with _select.planning("cublas"):
+        assert gemm_plan(inference=True) == "cublas"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the operator of a CPU")

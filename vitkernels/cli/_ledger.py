@@ -163,7 +163,8 @@ def _changed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _flops(func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> int:
-    formula = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    formula = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten._addmm_activation else packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
 

@@ -162,8 +162,11 @@ def forward_config(
         return ForwardConfig(True, 64, 0, 4, 1, not one_pass)
     largest, block_n, stages = _stream_blocks(arch, dtype, width, full_bias)
     block_m = min(largest, 64) if packed else _block_m(N, largest)
-    if biased and block_m == 64 and arch // 10 not in _READS_SHARED:  # 12 bytes of spills at 261 keys on sm_120
-        block_n = min(block_n, 32)
+    if block_m == 64 and arch // 10 not in _READS_SHARED and dtype != torch.float32:
+        if biased:  # 12 bytes of spills at 261 keys on sm_120
+            block_n = min(block_n, 32)
+        if width == 96:  # 8 at 177 keys on sm_80
+            block_n = 16
     if packed and width > 96 and arch // 10 != 9 and dtype != torch.float32:  # 12 bytes of spills at Dh = 128 on sm_100
         block_n //= 2
     if block_m == 16:  # one query: attention pooling
@@ -188,6 +191,7 @@ def why_not_forward(config: ForwardConfig, arch: int, N: int, Dh: int) -> str:
 
 
 def forward_constants(
+    arch: int,
     config: ForwardConfig,
     heads: int,
     multiprocessors: int,
@@ -205,6 +209,8 @@ def forward_constants(
             options["maxnreg"] = 128  # ptxas would rather spill 8 bytes for a third program on an SM
         rest = M % config.block_n
         tail = min(config.block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
+        if arch // 10 not in _READS_SHARED:
+            tail = min(tail, max(16, config.block_n // 2))  # up to 60 bytes of spills with a full one: 100 keys of 72 channels
         return {**parts, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TAIL": tail, **options}
     blocks = _key_blocks(M)
     keys = dict(zip(("KEYS0", "KEYS1", "KEYS2"), [*blocks, 0, 0][:3], strict=True))

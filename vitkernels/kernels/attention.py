@@ -485,9 +485,12 @@ def launch_attention_fwd(
         return out, row_max, log_sum
     q, k, v = (_rows(t) for t in (q, k, v))
     packed = cu_seqlens is not None
+    cu_seqlens = cu_seqlens.contiguous() if packed else None
     num_keys = k.shape[-3]
     bias_strides = [0, 0, 0, 0]
     if bias is not None:
+        if max(bias.stride()[-2:], default=0) >= 2**24:  # a tile of it is not within int32 offsets
+            bias = bias.contiguous()
         bias_strides = bias.expand(*images, num_heads, num_queries, num_keys).stride()
     key_only = bias_strides[2] == 0 or num_queries == 1
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
@@ -496,7 +499,7 @@ def launch_attention_fwd(
     config = forward_config(arch, q.dtype, *size, bias is not None, full_bias, packed)
     heads = num_heads * (1 if packed else images[0])
     parts = forward_parts(arch, q.dtype, head_dim, full_bias)
-    constants = forward_constants(config, heads, multiprocessors(q.device), parts, q.dtype, num_queries, num_keys, packed)
+    constants = forward_constants(arch, config, heads, multiprocessors(q.device), parts, q.dtype, num_queries, num_keys, packed)
     tiles = triton.cdiv(num_queries, config.block_m)
     common = {
         **constants,

@@ -378,6 +378,7 @@ def _launch(
     unit = 8 if all(stride % 8 == 0 for group in strides for stride in group) else 1
     *strides, out_strides, dq_strides, dkv_strides = (tuple(stride // unit for stride in group) for group in strides)
     packed = cu_seqlens is not None
+    cu_seqlens = cu_seqlens.contiguous() if packed else None
     N, M, H, Dh = q.shape[-3], k.shape[-3], q.shape[-2], q.shape[-1]
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
     fills = 2 * multiprocessors(q.device)

@@ -9,7 +9,7 @@ layer_scale * act(z). Bytes and floor, M rows, s bytes an element, p = 2 M N K F
 ViT-B/16 at B = 256, fc1 on an H200 (790 TFLOP/s, 4.3 TB/s): p = 238 GFLOP, 301 us; the pass over z that the epilogue saves
 costs 144 us, so a GEMM at 0.68 of cuBLAS's speed breaks even. A tuned table decides (``_tuned.py``); no entry is cuBLAS.
 cuBLASLt has an epilogue of its own, ``torch._addmm_activation``, for the tanh form of GELU (SigLIP 2): where a table says
-``cublaslt``, plan cublas without gradients has no pass over z. With gradients it would have no z to save.
+``cublaslt``, plan cublas of ``fuse(model, inference=True)`` has no pass over z. Elsewhere it would have no z to save.
 
 The epilogue works on the float32 accumulator and rounds once. erf is a polynomial (``_activation.py``), since ``erf`` costs
 more instructions than the tensor cores leave idle. The descriptor kernel (sm_90 on) is persistent, and stores the tile in
@@ -437,11 +437,12 @@ def kind_of(act: str) -> str:
     return "gelu_tanh" if act == "gelu_tanh" else "act"
 
 
-def _entry(kind: str, x: Tensor, weight: Tensor, arch: str) -> dict[str, Any] | None:
-    """The table's. What was measured with another activation stands for the tanh form that was not measured."""
+def _entry(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> dict[str, Any] | None:
+    """The table's. What was measured with another activation stands for the tanh form where that says nothing."""
     kinds = ("gelu_tanh", "act") if kind == "gelu_tanh" else (kind,)
     found = (_tuned.lookup(arch, "linear", _tuned.gemm_key(kind, *weight.shape, x.shape[0])) for kind in kinds)
-    return next((entry for entry in found if entry is not None), None)
+    usable = (entry for entry in found if entry is not None and (entry["plan"] != "cublaslt" or plan == "inference"))
+    return next(usable, None)
 
 
 def config_of(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:
@@ -449,7 +450,7 @@ def config_of(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> Gem
     forced = plan == "triton"
     if plan == "cublas" or (not forced and x.dtype == torch.float32):  # no tensor core multiplies float32
         return None
-    entry = _entry(kind, x, weight, arch)
+    entry = _entry(kind, x, weight, plan, arch)
     if not forced and (entry is None or entry["plan"] != "triton"):
         return None
     if x.dtype == torch.float32:
@@ -467,7 +468,7 @@ def gelu_in_cublas(act: str | None, x: Tensor, weight: Tensor, bias: Tensor | No
     """Whether cuBLASLt's epilogue applies ``act``. On a CPU PyTorch's operator applies the erf form."""
     if act != "gelu_tanh" or plan != "inference" or bias is None or x.is_cpu or x.dtype == torch.float32:
         return False
-    entry = _entry("gelu_tanh", x, weight, arch)
+    entry = _entry("gelu_tanh", x, weight, plan, arch)
     return entry is not None and entry["plan"] == "cublaslt"
 
 

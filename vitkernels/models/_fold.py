@@ -22,6 +22,22 @@ _WITH_NORM = (("qkv", "norm1"), ("fc1", "norm2"))
 _WITH_SCALE = (("proj", "ls1"), ("fc2", "ls2"))
 
 
+class _Origin:
+    """What was folded: where each parameter lay and how often it was written, no entries where nothing folds.
+
+    It keeps that memory: a new parameter must not come to lie there. A copied or unpickled block folds again.
+    """
+
+    def __init__(self, state: list[tuple[int, int]] | None, tensors: list[Tensor]) -> None:
+        self.state, self.memory = state, [t.detach() for t in tensors]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
 class FoldedBlock(NamedTuple):
     """What a block multiplies with, each None where nothing is folded. proj, fc2: weight and bias with LayerScale in them."""
 
@@ -37,11 +53,12 @@ def fold(block: nn.Module) -> None:
     block.inference = True
     if block.why_not():
         return
+    tensors = _parameters(block)
     with torch.inference_mode(False), torch.no_grad():
         folded = _folded(block)
+        block.folded_of = _Origin(_state(tensors), tensors) if folded else _Origin([], [])
     for name, tensor in folded.items():
         block.register_buffer(_PREFIX + name, tensor, persistent=False)
-    block.folded_of = _state(block) if folded else []
 
 
 def _folded(block: nn.Module) -> dict[str, Tensor]:
@@ -75,8 +92,7 @@ def drop(block: nn.Module) -> None:
     block.__dict__.pop("folded_of", None)
 
 
-def _state(block: nn.Module) -> list[tuple[int, int]] | None:
-    """Where each parameter lies and how often it was written; None where that cannot be read."""
+def _parameters(block: nn.Module) -> list[Tensor]:
     modules, attn, mlp = block._modules, block._modules["attn"]._modules, block._modules["mlp"]._modules
     owners = (
         modules["norm1"],
@@ -88,7 +104,11 @@ def _state(block: nn.Module) -> list[tuple[int, int]] | None:
         mlp["fc2"],
         modules["ls2"],
     )
-    tensors = [t for owner in owners for t in owner._parameters.values() if t is not None]
+    return [t for owner in owners for t in owner._parameters.values() if t is not None]
+
+
+def _state(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
+    """Where each lies and how often it was written; None where that cannot be read."""
     try:
         return [(t.data_ptr(), t._version) for t in tensors]
     except RuntimeError:
@@ -101,17 +121,18 @@ def _state(block: nn.Module) -> list[tuple[int, int]] | None:
 
 def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    if not block.inference or block.folded_of == [] or torch.is_grad_enabled():
+    origin = block.folded_of
+    if not block.inference or torch.is_grad_enabled() or (origin is not None and origin.state == []):
         return None
     weight = block._modules["attn"]._modules["qkv"]._parameters["weight"]  # not the input: torch.fx traces this with a proxy
     if compute_dtype(weight) != weight.dtype:
         return None
     if torch.compiler.is_compiling():
-        return None if block.folded_of is None else _tensors(block)
-    state = _state(block)
+        return None if origin is None else _tensors(block)
+    state = _state(_parameters(block))
     if state is None:
         return None
-    if state != block.folded_of:
+    if origin is None or state != origin.state:
         fold(block)
     return _tensors(block)
 

@@ -311,6 +311,8 @@ def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens:
     if cu_seqlens is not None:
         _check.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,))
         _check.shape(op, "cu_seqlens", cu_seqlens, ("B + 1",))
+        if cu_seqlens.shape[0] == 0 or (cu_seqlens.shape[0] == 1 and q.shape[0] > 0):
+            raise ValueError(f"{op}: cu_seqlens must have B + 1 elements, got {cu_seqlens.shape[0]} for {q.shape[0]} tokens")
         if bias is not None:
             raise ValueError(f"{op}: bias cannot be given together with cu_seqlens")
     elif bias is not None:

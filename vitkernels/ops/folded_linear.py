@@ -92,7 +92,7 @@ def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
     # The float32 stream of autocast would be rounded before its mean is subtracted; float32 has no rounding of LN(x) to save.
     if not compute_dtype(x) == x.dtype == weight.dtype != torch.float32 or torch.is_grad_enabled():
         return False
-    plan, arch = gemm_plan(), _select.target(x)
+    plan, arch = gemm_plan(inference=True), _select.target(x)
     if plan in PLANS or arch is None:
         return plan == "triton"
     N, K = weight.shape
@@ -129,7 +129,7 @@ def folded_linear(
     if not here or not _select.use_kernel("linear", x, lambda: why_not(x, weight, *others, norm=True), MIN_BYTES):
         return linear(x, weight, bias, act=act, norm=norm)
     norm_weight, norm_bias, eps = norm
-    settings = (act, gemm_plan(), _select.target(x) or "")
+    settings = (act, gemm_plan(inference=True), _select.target(x) or "")
     rows = (None, None) if statistics is None else statistics
     return torch.ops.vitkernels.folded_linear_fwd(x, *rows, norm_weight, norm_bias, eps, weight, bias, *folded, *settings)
 
@@ -148,6 +148,6 @@ def linear_statistics(
     of_one_dtype = x.dtype == residual.dtype == (residual if layer_scale is None else layer_scale).dtype
     if not of_one_dtype or not _select.use_kernel("linear", x, reasons, MIN_BYTES):
         return linear(x, weight, bias, layer_scale=layer_scale, residual=residual), None
-    plan, arch = gemm_plan(), _select.target(x) or ""
+    plan, arch = gemm_plan(inference=True), _select.target(x) or ""
     y, *rows = torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, layer_scale, residual, eps, plan, arch)
     return y, Statistics(*rows)

@@ -401,15 +401,19 @@ def promoted(dtype: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def gemm_settings(x: Tensor, dtype: torch.dtype) -> tuple[bool, bool, str, str]:
+def gemm_settings(x: Tensor, dtype: torch.dtype, inference: bool = False) -> tuple[bool, bool, str, str]:
     """The global state that a GEMM depends on: does autograd record, may float32 be TF32, plan and architecture."""
     allow_tf32 = dtype == torch.float32 and allows_tf32()
-    return torch.is_grad_enabled(), allow_tf32, gemm_plan(), _select.target(x) or ""
+    return torch.is_grad_enabled(), allow_tf32, gemm_plan(inference), _select.target(x) or ""
 
 
-def gemm_plan() -> str:
-    """``auto``: what the tuned table says; ``inference``: the same, and no pre-activation will be wanted. Or what is forced."""
-    return _select.choose_plan(PLANS, lambda: "auto" if torch.is_grad_enabled() else "inference")
+def gemm_plan(inference: bool = False) -> str:
+    """``auto``: what the tuned table says, or what is forced.
+
+    ``inference``: with cuBLASLt's activation, too, which leaves no z for backward. Bits would depend on the grad mode, so only
+    ``fuse(model, inference=True)`` asks for it.
+    """
+    return _select.choose_plan(PLANS, lambda: "inference" if inference else "auto")
 
 
 def allows_tf32() -> bool:

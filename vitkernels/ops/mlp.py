@@ -192,25 +192,29 @@ def mlp(
     _check.choice(op, "act", act, ACTIVATIONS)
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _dispatch(x, parameters, eps, act, layer_scale, drop_path, recompute)
+
+
+def _dispatch(x, parameters, eps, act, layer_scale, drop_path, recompute, inference=False) -> Tensor:
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
 
     def reasons() -> list[str]:
         return why_not(x, fc1_weight, fc2_weight, norm_weight, norm_bias, fc1_bias, fc2_bias, layer_scale, drop_path)
 
-    if not _select.use_kernel(op, x, reasons, MIN_BYTES):
+    if not _select.use_kernel("mlp", x, reasons, MIN_BYTES):
         return reference.mlp(
-            x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-            eps=eps, act=act, layer_scale=layer_scale, drop_path=drop_path, recompute=recompute,
-        )  # fmt: skip
-    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _run(x, None, parameters, eps, act, layer_scale, drop_path, recompute)
+            x, *parameters, eps=eps, act=act, layer_scale=layer_scale, drop_path=drop_path, recompute=recompute
+        )
+    return _run(x, None, parameters, eps, act, layer_scale, drop_path, recompute, inference)
 
 
-def _run(x, owed, parameters, eps, act, layer_scale, drop_path, recompute) -> Tensor:
+def _run(x, owed, parameters, eps, act, layer_scale, drop_path, recompute, inference=False) -> Tensor:
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     dtype = compute_dtype(x)
     return _Mlp.apply(
         x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path, owed,
-        eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype),
+        eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype, inference),
     )  # fmt: skip
 
 
@@ -226,6 +230,7 @@ def projected_mlp(
     eps: float,
     act: str | None,
     recompute: bool = False,
+    inference: bool = False,
 ) -> Tensor:
     """``mlp(x + heads @ weight^T + bias)``, the second half of a block without LayerScale and drop path. Internal to blocks.
 
@@ -233,6 +238,7 @@ def projected_mlp(
 
     Args:
         parameters: of LayerNorm, fc1 and fc2, in the order of ``mlp``.
+        inference: as in ``gemm_plan``.
     """
 
     def reasons() -> list[str]:
@@ -241,8 +247,8 @@ def projected_mlp(
     narrow = x.dtype == heads.dtype == compute_dtype(x) != torch.float32
     owes = narrow and bias is not None and not _env.ADDMM_COPIES and gemm_plan() != "triton"
     if owes and _select.use_kernel("mlp", x, reasons, MIN_BYTES):
-        return _run(linear(heads, weight, residual=x), bias, parameters, eps, act, None, None, recompute)
-    return mlp(linear(heads, weight, bias, residual=x), *parameters, eps=eps, act=act, recompute=recompute)
+        return _run(linear(heads, weight, residual=x), bias, parameters, eps, act, None, None, recompute, inference)
+    return _dispatch(linear(heads, weight, bias, residual=x), parameters, eps, act, None, None, recompute, inference)
 
 
 def folded_mlp(
@@ -277,6 +283,6 @@ def folded_mlp(
             return linear_statistics(hidden, fc2_weight, fc2_bias, layer_scale, x, follower[1])
         return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x), None
     if gamma is None and layer_scale is None:
-        return projected_mlp(heads, x, weight, bias, parameters, eps, act), None
+        return projected_mlp(heads, x, weight, bias, parameters, eps, act, inference=True), None
     x = linear(heads, weight, bias, layer_scale=gamma, residual=x)
-    return mlp(x, *parameters, eps=eps, act=act, layer_scale=layer_scale), None
+    return _dispatch(x, parameters, eps, act, layer_scale, None, False, inference=True), None
