@@ -345,6 +345,8 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
         (lambda: vk.ops.attention(Q, Q, Q, cu_seqlens=CU), ValueError, r"q must have shape \(total, H, Dh\)"),
         (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU.long()), TypeError, "cu_seqlens must be of dtype int32"),
         (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU, bias=Q), ValueError, "bias cannot be given together"),
+        (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU[:0]), ValueError, r"cu_seqlens must have B \+ 1 elements"),
+        (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU[:1]), ValueError, "got 1 for 5 tokens"),
         (lambda: vk.ops.attention_qkv(Q), ValueError, r"qkv must have shape \(B, N, 3, H, Dh\)"),
         (lambda: vk.ops.attention_qkv([Q]), TypeError, "qkv must be a Tensor, got list"),
     ],

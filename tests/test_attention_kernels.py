@@ -153,6 +153,16 @@ def test_queries_and_keys_of_different_number(queries, keys, dtype):
     assert_matches_reference(kernel, vk.reference.attention, inputs, [draw(3, queries, 2, 48)])
 
 
+def test_cu_seqlens_may_be_strided():
+    cu_seqlens = torch.tensor([[0, 5], [7, 5], [20, 5]], dtype=torch.int32)[:, 0]
+    qkv, dout = packed_qkv(1, 20, 2, 16)[0], [draw(20, 2, 16)]
+    got, expected = (
+        outputs_and_gradients(lambda x, ends=ends: kernel(x, cu_seqlens=ends), [qkv], dout)
+        for ends in (cu_seqlens, cu_seqlens.contiguous())
+    )
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("lengths", [[130, 0, 5, 197, 1], [64], [0], []])
 def test_packed_images(lengths):
     check_packed(lengths, 2, 32, bf16)
@@ -405,6 +415,10 @@ def test_offsets_beyond_32_bits(monkeypatch, tmp_path):
             left = (*kernels.launch_attention_fwd(near, near, near, None, None, 0, 0.25, False), None, None, 0, 0.25, False)
             grads = (attention_backward.launch_attention_bwd(t, t, t, t, *left, False) for t in (far, near))
             assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), name
+        far, near = file_backed.as_strided((1, 1, 90, 90), (0, 0, 2**25, 1)), draw(1, 1, 90, 90, dtype=bf16)
+        far.copy_(near)
+        qkv = packed_qkv(1, 90, 1, 16, bf16)
+        assert torch.equal(kernel(qkv, bias=far), kernel(qkv, bias=near))
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])

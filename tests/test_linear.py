@@ -642,6 +642,7 @@ X, W, V = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
         (lambda: vk.ops.linear(X, W, drop_path=1.0), TypeError, "drop_path must be a Tensor, got float"),
         (lambda: vk.ops.linear(X, W, drop_path=V[:2, None].requires_grad_()), ValueError, "drop_path .* gets no gradient"),
         (lambda: vk.ops.linear(X.long(), W), TypeError, "x must be of dtype"),
+        (lambda: vk.ops.linear(X, W.half()), TypeError, "weight must be of dtype float32, got float16"),
         (lambda: vk.ops.linear(X, None), TypeError, "weight must be a Tensor, got NoneType"),
     ],
 )

@@ -137,6 +137,8 @@ def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -
     if width > 128 or (width == 128 and full_bias and arch // 10 != 9):
         return 64, 16 if full_bias else 32, 2
     keys = 32 if full_bias or width == 112 or (mma_sync and width > 80) else 64
+    if full_bias and mma_sync and width > 64:
+        keys = 16
     return 128, keys, 2 if mma_sync or full_bias else 3
 
 

@@ -383,7 +383,8 @@ def _launch(
     B = cu_seqlens.numel() - 1 if packed else q.shape[0]
     fills = 2 * multiprocessors(q.device)
     arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
-    config = backward_config(arch, q.dtype, B * H, N, M, Dh, fills, biased, bias is None and not packed)
+    heads = 0 if need_dbias else B * H  # one program a head would spill 8 bytes on sm_120, for one launch of three
+    config = backward_config(arch, q.dtype, heads, N, M, Dh, fills, biased, bias is None and not packed)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),
@@ -400,8 +401,7 @@ def _launch(
     # length is not known, what both need stays in registers (92 bytes of spills at Dh = 80; float32 784; with a key mask 84,
     # and 44 at Dh = 96 on sm_90, 16 at Dh = 32 on sm_120).
     in_registers = arch not in (90, 100)
-    alone = config.one_program and (Dh > 64 or need_dbias)
-    crowded = bias is not None and (in_registers or alone or Dh > 80)
+    crowded = bias is not None and (in_registers or Dh > (64 if config.one_program else 80))
     masked = packed or q.dtype == torch.float32 or crowded
     dq_pass = {"out_ptr": out, "row_max_ptr": row_max, "log_sum_ptr": log_sum, "dq_ptr": dq}
     dkdv_pass = {"dk_ptr": dk, "dv_ptr": dv}

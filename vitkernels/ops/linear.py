@@ -337,7 +337,7 @@ def linear(
     """
     op = "linear"
     _check.tensor(op, "x", x)
-    _check.tensor(op, "weight", weight)
+    _check.tensor(op, "weight", weight, weight_dtypes(x))
     _check.shape(op, "weight", weight, ("N", _check.last_dim(op, "x", x)))
     _check.choice(op, "act", act, ACTIVATIONS)
     _check.vector(op, "bias", bias, weight.shape[0])
@@ -376,6 +376,11 @@ def linear(
         promoted(dtype, layer_scale, drop_path, residual),
         *gemm_settings(x, dtype),
     )
+
+
+def weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What a weight that ``x`` is multiplied with may be; autocast casts both."""
+    return (x.dtype,) if _select.autocast_dtype(x) is None else _check.FLOATS
 
 
 def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:

@@ -29,6 +29,7 @@ from .linear import (
     parameter_gradients,
     promoted,
     through_weight,
+    weight_dtypes,
 )
 from .linear import why_not as linear_why_not
 
@@ -183,7 +184,7 @@ def mlp(
     width = _check.last_dim(op, "x", x)
     check_norm(op, x, norm_weight, norm_bias, x.dtype)
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
-        _check.tensor(op, name, weight)
+        _check.tensor(op, name, weight, weight_dtypes(x))
     _check.shape(op, "fc1_weight", fc1_weight, ("F", width))
     _check.vector(op, "fc1_bias", fc1_bias, fc1_weight.shape[0])
     _check.shape(op, "fc2_weight", fc2_weight, (width, fc1_weight.shape[0]))
