@@ -97,3 +97,59 @@ def test_every_head_dim_up_to_128_compiles_without_a_spill(cache, stem, arch, sh
     result = compiling("-c", HEAD_DIM_ROWS, json.dumps([stem, arch, shapes]), cache=cache)
     assert result.returncode == 0, result.stderr
     check(json.loads(result.stdout), {arch})
+
+
+# What no workload launches: other lengths and so other tails, one query, float32 with masks, few heads, biases of every kind.
+OTHER_ROWS = """
+import dataclasses, itertools, json, sys
+import torch
+from vitkernels.kernels import _aot, attention, attention_backward
+
+arch, head_dims = json.loads(sys.argv[1])
+rows = []
+
+KINDS = ("none", "key", "full", "trained key", "trained full")
+
+def bias_of(kind, B, N, M, dtype):
+    shape = {"none": None, "key": (B, 1, 1, M), "full": (1, 12, N, M)}[kind.removeprefix("trained ")]
+    return None if shape is None else torch.empty(shape, dtype=dtype, device="meta")
+
+def note(compiled, *names):
+    rows.extend({"config": " ".join(map(str, names)), **dataclasses.asdict(_aot.read(k, arch))} for k in compiled)
+    compiled.clear()
+
+def of(B, N, M, Dh, dtype):
+    q, kv = (torch.empty(B, n, 12, Dh, dtype=dtype, device="meta") for n in (N, M))
+    return q, kv, kv, q.new_empty(B, 12, N, dtype=torch.float32)
+
+with _aot.dry_run(arch) as compiled:
+    for Dh, N, kind in itertools.product(head_dims, (50, 63, 100, 177), ("none", "key", "full")):
+        q, k, v, _ = of(4096, N, N, Dh, torch.bfloat16)
+        attention.launch_attention_fwd(q, k, v, bias_of(kind, 4096, N, N, q.dtype), None, 0, 1.0, False)
+        note(compiled, "forward", N, Dh, kind)
+    for dtype, Dh in ((torch.bfloat16, 64), (torch.bfloat16, 72), (torch.float32, 64)):
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        for (B, N), kind in itertools.product(((4096, 1), (4096, 197), (1, 197)), KINDS):
+            q, k, v, statistics = of(B, N, 197, Dh, dtype)
+            bias = bias_of(kind, B, N, 197, dtype)
+            attention.launch_attention_fwd(q, k, v, bias, None, 0, 1.0, False)
+            note(compiled, "forward", *(("pool",) if N == 1 else ()), name, B, N, Dh, kind)
+            attention_backward.launch_attention_bwd(
+                q, q, k, v, q, statistics, statistics, bias, None, 0, 1.0, False, kind.startswith("trained")
+            )
+            note(compiled, "backward", *(("pool",) if N == 1 else ()), name, B, N, Dh, kind)
+        q, k, v, statistics = (t[0] for t in of(1, 4096, 4096, Dh, dtype))
+        ends = torch.empty(9, dtype=torch.int32, device="meta")
+        attention.launch_attention_fwd(q, k, v, None, ends, 0, 1.0, False)
+        attention_backward.launch_attention_bwd(q, q, k, v, q, statistics, statistics, None, ends, 0, 1.0, False, False)
+        note(compiled, "packed", name, Dh)
+json.dump(rows, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_what_no_workload_launches_compiles_without_a_spill(cache, arch):
+    result = compiling("-c", OTHER_ROWS, json.dumps([arch, HEAD_DIMS]), cache=cache)
+    assert result.returncode == 0, result.stderr
+    check(json.loads(result.stdout), {arch})

@@ -36,7 +36,7 @@ def digits():
     return images[:cut], labels[:cut], images[cut:], labels[cut:]
 
 
-def train(make, steps=STEPS):
+def train(make, steps=STEPS, policy="auto"):
     """Train ``make()``, every random number from one seed: the loss of each step, held-out accuracy, the model, the stream."""
     images, labels, held_out, truth = digits()
     torch.manual_seed(0)
@@ -46,7 +46,8 @@ def train(make, steps=STEPS):
     losses = []
     for _ in range(steps):
         batch = torch.randint(len(labels), (BATCH,))  # from the stream that DropPath draws from
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        with vk.backend(policy):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,3 +88,11 @@ def test_the_curves_would_show_a_random_stream_that_differs():
     losses, *_ = train(lambda: Stock(**MODEL), steps=10)
     other, *_ = train(lambda: vk.VisionTransformer(**{**MODEL, "drop_path_rate": 0.0}), steps=10)
     assert not torch.allclose(losses, other, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels on the CPU's tensors")
+def test_the_first_steps_on_the_kernels_are_those_of_the_stock_model():
+    losses, _, _, stream = train(lambda: Stock(**MODEL), steps=2)
+    fused_losses, _, _, fused_stream = train(lambda: vk.fuse(Stock(**MODEL)), steps=2, policy="fused")
+    torch.testing.assert_close(fused_losses, losses, atol=1e-4, rtol=0)
+    assert torch.equal(fused_stream, stream)
