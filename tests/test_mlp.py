@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_linear import ACTIVATIONS, VARIANTS, drop_path, operators, running, saved_elements, user_table  # noqa: F401
 from timm.layers import LayerScale, Mlp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 from vitkernels.kernels import _tuned
@@ -300,6 +301,23 @@ def test_biases_in_the_product_give_the_same_bits_in_every_mode(products):
     with torch.no_grad():
         assert torch.equal(second_half("ours")(*inputs), first["output 0"])
     assert products == [2] * 4
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointed_gradients_are_the_same_bits(variant, use_reentrant):
+    inputs, dy = [torch.randn(2, 20, 24), *parameters(24, 40)], [torch.randn(2, 20, 24)]
+
+    def plain(*args):
+        return of(vk.ops.mlp)(*args)
+
+    def checkpointed(*args):
+        return checkpoint(plain, *args, use_reentrant=use_reentrant)
+
+    with running(variant):
+        expected, got = (outputs_and_gradients(function, inputs, dy) for function in (plain, checkpointed))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 def test_biases_in_the_product_save_no_more(products):
