@@ -1,5 +1,6 @@
 """``fuse(model, inference=True)``: LayerNorm and LayerScale folded into the weights, and what happens when those change."""
 
+import contextlib
 import copy
 import importlib
 import pickle
@@ -550,14 +551,33 @@ def test_on_a_cpu_it_costs_no_more_calls_than_eager():
 
 def counted(plan, layer_scale=False, inference=True, **arguments):
     """Units of each launch of a block's forward."""
+    return [units for units, _ in counted_with_flops(plan, layer_scale, inference, **arguments)]
+
+
+def counted_with_flops(plan, layer_scale=False, inference=True, **arguments):
+    """The same, and the FLOPs of each. Plan None: what the tables say."""
     batch, tokens, width = 64, 197, 768
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", depth=1, init_values=1e-5 if layer_scale else None, **arguments)
     block = vk.fuse(vit.to(torch.bfloat16).eval(), inference=inference).blocks[0]
     x = torch.empty(batch, tokens, width, dtype=torch.bfloat16, device="meta")
-    with _select.planning(plan):
+    with _select.planning(plan) if plan else contextlib.nullcontext():
         count = _ledger.count(block, (x,), {}, CHIPS["h200"])
-    return [o.activation_bytes / (batch * tokens * width * 2) for o in count.forward]
+    return [(o.activation_bytes / (batch * tokens * width * 2), o.flops) for o in count.forward]
+
+
+def test_cublas_own_activation_saves_its_pass_and_multiplies_as_much(no_interpreter, monkeypatch, user_table):  # noqa: F811
+    monkeypatch.setattr(vk._env, "ADDMM_COPIES", False)  # as in PyTorch 2.15
+    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", 3072, 768, 64 * 197): {"plan": "cublaslt"}})
+    apart, saved, trained = (
+        counted_with_flops(plan, inference=inference, act_layer="gelu_tanh")
+        for plan, inference in (("cublas", True), (None, True), (None, False))
+    )
+    assert [round(units) for units, _ in apart if units > 0] == [2, 4, 4, 3, 2, 5, 8, 6]
+    assert [round(units) for units, _ in saved if round(units)] == [2, 4, 4, 3, 2, 5, 5, 3]
+    assert trained == apart, "without fuse(inference=True) results do not depend on the grad mode"
+    padding = 2 * 64 * 197 * 768 * 8  # of the biases' columns
+    assert sum(flops for _, flops in apart) - padding == sum(flops for _, flops in saved)
 
 
 def test_with_cublas_layer_norm_stays_and_folded_layer_scale_needs_no_pass(no_interpreter, monkeypatch):
