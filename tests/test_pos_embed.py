@@ -466,6 +466,25 @@ def test_whoever_looks_at_operators_sees_one():
         assert torch.equal(vk.ops.resample_pos_embed(posemb, (6, 6)), plain)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes
+@pytest.mark.parametrize("argument", ["new_size", "old_size", "sizes", "pad_to"])
+def test_sizes_that_torch_jit_trace_records_follow_the_input(argument):
+    """They are 0-d tensors then. The reference serves; ``fused`` says that the kernel cannot."""
+    calls = {
+        "new_size": lambda x, p: vk.ops.resample_pos_embed(p, (x.shape[0], x.shape[1]), (4, 4)),
+        "old_size": lambda x, p: vk.ops.resample_pos_embed(p, (6, 5), (4 * x.shape[0] // x.shape[0], 4)),
+        "sizes": lambda x, p: vk.ops.resample_pos_embed_many(p, [(3, 3), (x.shape[0], x.shape[1])], (4, 4), 1),
+        "pad_to": lambda x, p: vk.ops.resample_pos_embed_many(p, [(3, 3), (5, 3)], (4, 4), 1, pad_to=x.shape[0]),
+    }
+    call, posemb, x, other = calls[argument], table((4, 4), 1), torch.zeros(7, 6), torch.zeros(9, 3)
+    traced = torch.jit.trace(call, (x, posemb))
+    assert_close(traced(x, posemb), call(x, posemb))
+    assert_close(traced(other, 2 * posemb), call(other, 2 * posemb))
+    if _env.EXTENSION is not None:
+        with vk.backend("fused"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace records these sizes"):
+            torch.jit.trace(call, (x, posemb))
+
+
 # Many sizes.
 
 MANY = [(6, 6), (4, 4), (3, 7), (1, 1), (6, 6), (2, 9)]

@@ -186,6 +186,15 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
     return reasons
 
 
+def _why_not_traced(*sizes: Any) -> list[str]:
+    """While ``torch.jit.trace`` records, a size read from a shape is a 0-d tensor, which no operator takes in a list."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return []
+    if not any(isinstance(size, Tensor) for size in sizes):
+        return []
+    return ["torch.jit.trace records these sizes as functions of the input, and the kernel's operator takes integers"]
+
+
 def _driver_reasons() -> list[str]:
     runtime, driver = _env.EXTENSION.cuda_versions()
     if driver is None or driver // 1000 < runtime // 1000:
@@ -306,7 +315,11 @@ def resample_pos_embed_many(
 def _dispatch(op: str, posemb: Tensor, sizes: Sequence[tuple[int, int]], old_size, num_prefix_tokens: int, *options) -> Tensor:
     old_size = reference.grid_of(posemb, old_size, num_prefix_tokens)
     flat = [side for size in sizes for side in size]
-    if not _select.use_kernel(op, posemb, lambda: why_not(posemb, max([*old_size, *flat])), has_cpu_kernel=True):
+
+    def reasons() -> list[str]:
+        return why_not(posemb, max([*old_size, *flat])) + _why_not_traced(*old_size, *flat, num_prefix_tokens, options[-1])
+
+    if not _select.use_kernel(op, posemb, reasons, has_cpu_kernel=True):
         # timm computes in float32 whatever the dtype; the reference keeps float64 for being the oracle.
         return reference.copies(posemb, sizes, old_size, num_prefix_tokens, *options, torch.float32)
     problem = (list(old_size), flat, num_prefix_tokens, *options)
