@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_any_width_and_prefix(width):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_results_do_not_depend_on_the_number_of_threads(threads):
     posemb, dout = table((16, 16), 1, 1000), torch.randn(1, 1 + 37 * 37, 1000)
-    sizes = [(37, 37), (40, 20), (16, 16)]
+    sizes = [(37, 37), (40, 20), (16, 16), (37, 37), (37, 37)]
     results, before = [], torch.get_num_threads()
     try:
         for count in (1, threads):
@@ -554,6 +555,27 @@ def test_the_gradient_is_bitwise_the_same_from_run_to_run():
     grads = [torch.autograd.grad(out, posemb, dout, retain_graph=True)[0] for _ in range(3)]
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
+
+
+@needs_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_size_that_many_images_have_costs_one_resampling(direction):
+    """As in timm's loop. 64 copies of one row each: all but the first cost nothing beside 128 x 128 rows of the table."""
+    posemb = table((128, 128), 0, 64).requires_grad_()
+    took = {}
+    for count in (1, 64):
+        out = fused_many(posemb, [(1, 1)] * count)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            if direction == "forward":
+                fused_many(posemb, [(1, 1)] * count)
+            else:
+                torch.autograd.grad(out, posemb, torch.ones_like(out), retain_graph=True)
+            times.append(time.perf_counter() - start)
+        took[count] = min(times)
+    assert took[64] < 8 * took[1]
 
 
 @needs_extension
