@@ -503,6 +503,19 @@ def test_many_sizes_are_the_single_ones_one_after_the_other(prefix, dtype, backe
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize("options", [{}, {"pad_to": 16}, {"pad_to": 9}], ids=str)
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(4, 4)] * 2, []], ids=["one", "two", "none"])
+def test_a_copy_of_the_tables_own_size_is_a_copy(sizes, options, backend):
+    posemb = table((4, 4))
+    before = posemb.clone()
+    with vk.backend(backend):
+        rows = vk.ops.resample_pos_embed_many(posemb, sizes, **options)
+    rows.zero_()
+    assert torch.equal(posemb, before)
+    assert rows.untyped_storage().data_ptr() != posemb.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
 def test_aspect_preserving_sizes_are_crops_of_the_square_as_in_naflex(backend):
     posemb = table((4, 4))
     with vk.backend(backend):

@@ -53,7 +53,7 @@ def _fwd_reference(
     posemb, old_size, sizes, num_prefix_tokens, interpolation, antialias, align_corners, preserve_aspect_ratio, pad_to
 ):
     arguments = (posemb, _pairs(sizes), old_size, num_prefix_tokens, interpolation, antialias, align_corners)
-    return reference.copies(*arguments, preserve_aspect_ratio, pad_to, torch.float32).clone()
+    return reference.copies(*arguments, preserve_aspect_ratio, pad_to, torch.float32)
 
 
 def launch_resample_pos_embed_fwd(

@@ -90,9 +90,7 @@ def copies(
             copy = resampled.permute(0, 2, 3, 1).reshape(-1, posemb.shape[-1]).to(posemb.dtype)
         copy = torch.cat([prefix, copy]) if num_prefix_tokens else copy
         found.append(copy if pad_to is None else F.pad(copy[:pad_to], (0, 0, 0, pad_to - min(copy.shape[0], pad_to))))
-    if not found:
-        return posemb[0, :0]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return torch.cat(found) if found else posemb[0, :0].clone()  # cat of one: a table of its own size stays no view of posemb
 
 
 def resampling_matrix(old: int, new: int, interpolation: str, antialias: bool, align_corners: bool) -> Tensor:
