@@ -486,6 +486,21 @@ def test_sizes_that_torch_jit_trace_records_follow_the_input(argument):
             torch.jit.trace(call, (x, posemb))
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+def test_a_square_table_of_any_size_compiles_in_one_graph(backend):
+    def resampled(posemb):
+        return vk.ops.resample_pos_embed(posemb, (6, 5)), vk.ops.resample_pos_embed_many(posemb, [(3, 2)], num_prefix_tokens=1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(resampled, fullgraph=True, dynamic=True, backend="aot_eager")
+    with vk.backend(backend):
+        for side in (4, 7, 3):
+            posemb = table((side, side), 1)
+            for got, expected in zip(compiled(posemb), resampled(posemb), strict=True):
+                assert_close(got, expected)
+    torch._dynamo.reset()
+
+
 # Many sizes.
 
 MANY = [(6, 6), (4, 4), (3, 7), (1, 1), (6, 6), (2, 9)]

@@ -4,7 +4,6 @@ On a CPU the C++ kernel is 4 to 40 times as fast as ``F.interpolate`` at D = 768
 antialias, so here ``auto`` takes it there too.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -367,7 +366,7 @@ def _check_table(
     if num_prefix_tokens < 0 or tokens < 1:
         raise ValueError(f"{op}: num_prefix_tokens must leave at least one of {shape[1]} rows, got {num_prefix_tokens}")
     if old_size is None:
-        if math.isqrt(tokens) ** 2 != tokens:
+        if reference.grid_of(posemb, None, num_prefix_tokens)[0] ** 2 != tokens:
             raise ValueError(f"{op}: old_size is needed, since {tokens} tokens are not a square grid")
         return None
     old_size = _pair(op, "old_size", old_size)

@@ -104,7 +104,7 @@ def grid_of(posemb: Tensor, old_size: tuple[int, int] | None, num_prefix_tokens:
     """(h, w): the given one, or the square of as many tokens."""
     if old_size is not None:
         return old_size
-    side = math.isqrt(posemb.shape[1] - num_prefix_tokens)
+    side = int(math.sqrt(posemb.shape[1] - num_prefix_tokens))  # Dynamo cannot trace isqrt; exact for squares up to 2^52
     return side, side
 
 
