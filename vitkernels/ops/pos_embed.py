@@ -259,7 +259,7 @@ def resample_pos_embed(
         return posemb
     if verbose:
         reference.log_resizing(reference.grid_of(posemb, old_size, num_prefix_tokens), new_size)
-    options = (interpolation, bool(antialias), bool(align_corners), False, None)
+    options = (interpolation, antialias, bool(align_corners), False, None)
     return _dispatch(op, posemb, (new_size,), old_size, num_prefix_tokens, *options).unsqueeze(0)
 
 
@@ -294,7 +294,7 @@ def resample_pos_embed_many(
     """
     op = "resample_pos_embed_many"
     old_size = _check_table(op, posemb, old_size, num_prefix_tokens, interpolation, antialias, align_corners)
-    _check.choice(op, "preserve_aspect_ratio", preserve_aspect_ratio, (True, False))
+    _check_flag(op, "preserve_aspect_ratio", preserve_aspect_ratio)
     if not isinstance(sizes, Iterable):
         raise TypeError(f"{op}: sizes must be a sequence of (h, w), got {sizes!r}")
     sizes = [_pair(op, "sizes", size) for size in sizes]
@@ -302,7 +302,7 @@ def resample_pos_embed_many(
         _check_integer(op, "pad_to", pad_to)
         if pad_to < max(1, num_prefix_tokens):
             raise ValueError(f"{op}: pad_to must hold the {num_prefix_tokens} prefix rows and at least one, got {pad_to}")
-    options = (interpolation, bool(antialias), bool(align_corners), bool(preserve_aspect_ratio), pad_to)
+    options = (interpolation, antialias, bool(align_corners), preserve_aspect_ratio, pad_to)
     parts = [
         _dispatch(op, posemb, sizes[i : i + MAX_SIZES], old_size, num_prefix_tokens, *options)
         for i in range(0, max(len(sizes), 1), MAX_SIZES)
@@ -351,15 +351,16 @@ def _check_table(
 ) -> tuple[int, int] | None:
     """All but the new sizes; returns ``old_size``."""
     _check.tensor(op, "posemb", posemb)
+    if posemb.layout is not torch.strided:
+        raise TypeError(f"{op}: posemb must be of layout torch.strided, got {posemb.layout}")
     shape = posemb.shape
     if len(shape) != 3 or shape[0] != 1:
         _check.shape(op, "posemb", posemb, (1, "P + h*w", "D"))
     if interpolation not in INTERPOLATIONS:
         _check.choice(op, "interpolation", interpolation, INTERPOLATIONS)
-    if antialias is not True and antialias is not False:
-        _check.choice(op, "antialias", antialias, (True, False))
-    if align_corners is not None and align_corners is not False:
-        _check.choice(op, "align_corners", align_corners, (True, False, None))
+    _check_flag(op, "antialias", antialias)
+    if align_corners is not None:
+        _check_flag(op, "align_corners", align_corners)
     if type(num_prefix_tokens) is not int:
         _check_integer(op, "num_prefix_tokens", num_prefix_tokens)
     tokens = shape[1] - num_prefix_tokens
@@ -375,9 +376,14 @@ def _check_table(
     return old_size
 
 
+def _check_flag(op: str, name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: {name} must be one of True, False, got {value!r}")
+
+
 def _check_integer(op: str, name: str, value: Any) -> None:
-    # __index__: NumPy's integers, and a tensor that torch.jit.trace puts in the place of a size.
-    if not isinstance(value, (int, torch.SymInt)) and not hasattr(type(value), "__index__"):
+    # __index__: NumPy's integers, and a tensor that torch.jit.trace puts in the place of a size. A bool is an int, too.
+    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or hasattr(type(value), "__index__")):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
 
 
