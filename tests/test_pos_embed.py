@@ -410,6 +410,17 @@ def test_any_strides_give_the_bits_of_the_contiguous_input(make):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("new_size", [(5, 1), (1, 1), (2, 1), (3, 2)], ids=str)
+def test_the_reference_of_a_transposed_table_is_that_of_its_copy(new_size):
+    """F.interpolate with antialias is not, for outputs of width 1 (torch 2.15 on a CPU)."""
+    posemb = torch.randn(1, 8, 17).transpose(1, 2)
+    for function in (vk.reference.resample_pos_embed, vk.ops.resample_pos_embed):
+        with vk.backend("reference"):
+            got, expected = (function(p, new_size) for p in (posemb, posemb.contiguous()))
+        assert torch.equal(got, expected)
+        assert_close(got[:, 1:], interpolated_exactly(posemb[:, 1:], new_size, (4, 4), "bicubic", True, False))
+
+
 @pytest.mark.parametrize("lazy", [torch._neg_view, lambda p: torch._efficientzerotensor(p.shape)], ids=["negated", "zero"])
 def test_values_that_are_not_in_memory_are_computed_first(lazy):
     posemb = lazy(torch.randn(1, 17, 8))

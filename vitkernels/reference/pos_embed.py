@@ -77,7 +77,8 @@ def copies(
     """
     prefix, grid = posemb[0, :num_prefix_tokens], posemb[:, num_prefix_tokens:]
     image = grid.to(compute or torch.promote_types(torch.float32, grid.dtype))
-    image = image.reshape(1, *old_size, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    # In timm's layout, channels innermost: in others F.interpolate with antialias is wrong for outputs of width 1 (torch 2.15).
+    image = image.contiguous().reshape(1, *old_size, posemb.shape[-1]).permute(0, 3, 1, 2)  # (1, D, h, w)
     mode = {"mode": interpolation, "antialias": antialias, "align_corners": align_corners}
     found = []
     for size in sizes:
