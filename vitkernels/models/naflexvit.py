@@ -25,7 +25,11 @@ _SHIPPED = tuple(
 
 
 class FusedNaFlexEmbeds(NaFlexEmbeds):
-    """``timm.models.naflexvit.NaFlexEmbeds``; patches that come cut out already are projected by timm's layer."""
+    """``timm.models.naflexvit.NaFlexEmbeds``; patches that come cut out already are projected by timm's layer.
+
+    On a CPU with AVX2 the positions of a mixed batch are timm's very numbers with antialias, timm's default; otherwise, and on
+    a GPU, they are within what ``vitkernels.ops.resample_pos_embed`` says.
+    """
 
     stock = NaFlexEmbeds
 
