@@ -390,6 +390,37 @@ def test_gradients_are_timms_and_prefix_rows_pass_theirs_through():
     assert torch.equal(got[:, 0], dout[:, 0])
 
 
+@needs_extension
+@every_mode
+@pytest.mark.parametrize(("old_size", "new_size"), [((4, 4), (7, 6)), ((9, 5), (3, 4))], ids=str)
+def test_second_and_third_derivatives_are_those_of_interpolate(old_size, new_size, interpolation, antialias):
+    posemb, direction = table(old_size, 2).requires_grad_(), table(old_size, 2)
+    arguments = (new_size, old_size, 2, interpolation, antialias)
+
+    def derivatives(function):
+        value, found = function(posemb, *arguments).pow(4).sum(), []
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(value, posemb, create_graph=True)
+            found.append(slope)
+            value = (slope * direction).sum()
+        return found
+
+    for got, expected in zip(derivatives(fused), derivatives(resample_abs_pos_embed), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@needs_extension
+@pytest.mark.parametrize("pad_to", [None, 10, 50])
+def test_second_derivatives_of_many_sizes_are_the_references(pad_to):
+    posemb, direction = table((4, 4), 1).requires_grad_(), table((4, 4), 1)
+    results = []
+    for function, dtype in ((fused_many, torch.float32), (vk.reference.resample_pos_embed_many, torch.float64)):
+        rows = function(posemb.to(dtype), MANY, num_prefix_tokens=1, preserve_aspect_ratio=True, pad_to=pad_to)
+        (slope,) = torch.autograd.grad(rows.pow(3).sum(), posemb, create_graph=True)
+        results.append(torch.autograd.grad((slope * direction).sum(), posemb)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5 * results[1].abs().max().item())
+
+
 @pytest.mark.parametrize(
     "make",
     [

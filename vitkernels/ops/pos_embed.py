@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _env, _select
 from ..reference import pos_embed as reference
@@ -187,9 +186,8 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
 
 def _why_not_traced(*sizes: Any) -> list[str]:
     """While ``torch.jit.trace`` records, a size read from a shape is a 0-d tensor, which no operator takes in a list."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
-        return []
-    if not any(isinstance(size, Tensor) for size in sizes):
+    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if not tracing or not any(isinstance(size, Tensor) for size in sizes):
         return []
     return ["torch.jit.trace records these sizes as functions of the input, and the kernel's operator takes integers"]
 
@@ -204,7 +202,7 @@ def _driver_reasons() -> list[str]:
 _driver_reasons._dynamo_marked_constant = True  # as _select._architecture
 
 
-# 3. Autograd.
+# 3. Autograd. Each operator's derivative is the other, so derivatives of any order are theirs.
 
 
 class _Resample(torch.autograd.Function):
@@ -214,9 +212,22 @@ class _Resample(torch.autograd.Function):
         return torch.ops.vitkernels.resample_pos_embed_fwd(posemb, *problem)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dcopies):
-        return torch.ops.vitkernels.resample_pos_embed_bwd(dcopies, *ctx.problem), *(None for _ in ctx.problem)
+        # The function only under create_graph: Dynamo would follow the two into each other.
+        recorded = torch.is_grad_enabled() and dcopies.requires_grad
+        transpose = _Transpose.apply if recorded else torch.ops.vitkernels.resample_pos_embed_bwd
+        return transpose(dcopies, *ctx.problem), *(None for _ in ctx.problem)
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dcopies, *problem):
+        ctx.problem = problem
+        return torch.ops.vitkernels.resample_pos_embed_bwd(dcopies, *problem)
+
+    @staticmethod
+    def backward(ctx: Any, dposemb):
+        return _Resample.apply(dposemb, *ctx.problem), *(None for _ in ctx.problem)
 
 
 # 4. The public functions.
@@ -245,7 +256,7 @@ def resample_pos_embed(
         align_corners: the corners of both grids are the same points, else the edges of their corner cells.
 
     Returns:
-        (1, P + h'*w', D); ``posemb`` itself when nothing changes. The gradient is deterministic.
+        (1, P + h'*w', D); ``posemb`` itself when nothing changes. Derivatives of any order are deterministic.
 
     In float32 the kernel gives, with antialias on a CPU with AVX2, the very bits of ``F.interpolate``; otherwise it is within
     2e-6 * max(1, max|posemb|) of ``F.interpolate`` on a channels-last image of 4 or more channels, which is timm's layout.
