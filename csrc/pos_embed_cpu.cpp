@@ -49,7 +49,7 @@ namespace {
 
 constexpr std::int64_t kBlock = 64;           // channels of a task: 256 bytes, the buffer of 16x37 positions is 150 kB
 constexpr double kParallelWork = 2 << 20;     // multiply-adds, about 50 us on one thread: waking others takes up to 20 us
-constexpr double kElementWork = 16;           // multiply-adds in the time in which one element is copied in memory
+constexpr double kElementWork = 16;           // multiply-adds in the time in which one element is copied or added in memory
 
 // For each output its sources and weights.
 struct Taps {
@@ -532,7 +532,8 @@ void backward(const Resampling& p, int threads, int vector_bits) {
         plans.push_back({transposed(forward_taps(p.filter, p.height, t.full_height, t.height), p.height),
                          transposed(forward_taps(p.filter, p.width, t.full_width, t.width), p.width)});
         plans.back().count_work(t.height, p.width);
-        work += plans.back().work * double(p.channels);
+        const double summed = double(group.size() - 1) * t.height * t.width;
+        work += (plans.back().work + summed * kElementWork) * double(p.channels);
         size.fit(t.height, t.width, p.width, width);
     }
     constexpr bool kDirect = sizeof(T) == 4;  // float gradients are summed where they belong
