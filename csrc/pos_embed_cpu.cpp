@@ -6,13 +6,16 @@
 // the source is read and the copy written once. 14x14 -> 24x24 of 768: 2.8 M multiply-adds, 0.6 MB read, 1.8 MB written. At 16
 // lanes and two loads a cycle that is 88 k cycles, and the floor is the stores.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <exception>
+#include <map>
 #include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -46,6 +49,7 @@ namespace {
 
 constexpr std::int64_t kBlock = 64;           // channels of a task: 256 bytes, the buffer of 16x37 positions is 150 kB
 constexpr double kParallelWork = 2 << 20;     // multiply-adds, about 50 us on one thread: waking others takes up to 20 us
+constexpr double kElementWork = 16;           // multiply-adds in the time in which one element is copied or added in memory
 
 // For each output its sources and weights.
 struct Taps {
@@ -166,6 +170,7 @@ struct Pass {
     std::int64_t n;
     float *buffer, *line;  // in_height * out_width * n and max(in_width, out_width) * n floats
     bool blends = false;   // by run_blend, which needs neither: a forward of at most two taps along each axis
+    std::vector<std::int64_t> addends = {};  // of the source, where each starts after it: other copies' gradients
 };
 
 // n channels every `stride` are too far apart for the hardware's prefetchers: without this, 37x37 of 768 that is not in the
@@ -188,7 +193,7 @@ ALWAYS_INLINE void resample_row(const Pass& pass, Rows<const In> in, int y) {
     const std::int64_t n = pass.n, first = std::int64_t{y} * pass.in_width;
     const float* source = pass.line;
     std::int64_t stride = n;
-    if (sizeof(In) == 4 && first + pass.in_width <= in.present) {
+    if (sizeof(In) == 4 && first + pass.in_width <= in.present && pass.addends.empty()) {
         source = reinterpret_cast<const float*>(in.data + first * in.stride), stride = in.stride;
     } else {
         for (int x = 0; x < pass.in_width; ++x) {
@@ -196,12 +201,18 @@ ALWAYS_INLINE void resample_row(const Pass& pass, Rows<const In> in, int y) {
             const In* __restrict from = in.data + (first + x) * in.stride;
             if (first + x < in.present) {
                 for (std::int64_t c = 0; c < n; ++c) to[c] = to_float(from[c]);
+                for (const std::int64_t addend : pass.addends) {
+                    for (std::int64_t c = 0; c < n; ++c) to[c] += to_float(from[addend + c]);
+                }
             } else {
                 std::fill(to, to + n, 0.0f);
             }
         }
     }
     prefetch(in, first + pass.in_width, pass.in_width, n);
+    for (const std::int64_t addend : pass.addends) {
+        prefetch(Rows<const In>{in.data + addend, in.stride, in.present}, first + pass.in_width, pass.in_width, n);
+    }
     float* to = pass.buffer + std::int64_t{y} * pass.out_width * n;
     for (int x = 0; x < pass.out_width; ++x, to += n) {
         const Window window = pass.horizontal.windows[x];
@@ -406,6 +417,20 @@ int useful_threads(double work, std::int64_t tasks, int threads) { return tasks 
 
 std::int64_t blocks_of(std::int64_t channels, std::int64_t block) { return (channels + block - 1) / block; }
 
+// The copies of each distinct target, in the order of the first. A batch of images has few sizes: timm's loop too makes each
+// once, and 30 of 32 copies then cost a read and a write.
+std::vector<std::vector<std::size_t>> equal_targets(const Resampling& p) {
+    std::vector<std::vector<std::size_t>> groups;
+    std::map<std::array<int, 4>, std::size_t> seen;
+    for (std::size_t k = 0; k < p.targets.size(); ++k) {
+        const Target& t = p.targets[k];
+        const auto [found, is_new] = seen.try_emplace({t.height, t.width, t.full_height, t.full_width}, groups.size());
+        if (is_new) groups.emplace_back();
+        groups[found->second].push_back(k);
+    }
+    return groups;
+}
+
 template <typename T>
 void forward(const Resampling& p, int threads, int vector_bits) {
     const PassFunction<T, T> pass_function = pick<T, T>(vector_bits);
@@ -414,10 +439,16 @@ void forward(const Resampling& p, int threads, int vector_bits) {
     const std::int64_t block = kBlock * (blends ? std::max<std::int64_t>(1, blocks_of(p.channels, kBlock) / threads) : 1);
     const std::int64_t blocks = blocks_of(p.channels, block), width = std::min(block, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
+    const std::vector<std::vector<std::size_t>> groups = equal_targets(p);
+    std::vector<std::pair<std::size_t, std::size_t>> repeats;  // from, to
     std::vector<Plan> plans;
     Size size;
-    double work = 0;
-    for (const Target& t : p.targets) {
+    double work = 0, copied = 0;
+    for (const std::vector<std::size_t>& group : groups) {
+        const std::size_t first = group.front();
+        for (std::size_t i = 1; i < group.size(); ++i) repeats.emplace_back(first, group[i]);
+        copied += double((starts[first + 1] - starts[first]) * p.channels) * double(group.size() - 1);
+        const Target& t = p.targets[first];
         plans.push_back({forward_taps(p.filter, p.height, t.full_height, t.height),
                          forward_taps(p.filter, p.width, t.full_width, t.width)});
         plans.back().count_work(p.height, t.width);
@@ -425,11 +456,12 @@ void forward(const Resampling& p, int threads, int vector_bits) {
         if (!blends) size.fit(p.height, p.width, t.width, width);
     }
     ask_for_large_pages(p.copies, std::size_t(starts.back() * p.channels) * sizeof(T));
-    const std::int64_t tasks = blocks * std::int64_t(p.targets.size());
+    const std::int64_t tasks = blocks * std::int64_t(groups.size());
     run_tasks(tasks, useful_threads(work, tasks, threads), [&] {
         const std::shared_ptr<float> memory = scratch(size.buffer + size.line);
         return [&, memory](std::int64_t task) {
-            const std::size_t k = std::size_t(task / blocks);
+            const Plan& plan = plans[std::size_t(task / blocks)];
+            const std::size_t k = groups[std::size_t(task / blocks)].front();
             const std::int64_t channel = task % blocks * block, n = std::min(block, p.channels - channel);
             const Target& t = p.targets[k];
             const T* table = reinterpret_cast<const T*>(p.table) + channel;
@@ -448,10 +480,19 @@ void forward(const Resampling& p, int threads, int vector_bits) {
                 }
                 return;
             }
-            const Pass pass{plans[k].vertical, plans[k].horizontal, p.height, p.width, t.height, t.width,
+            const Pass pass{plan.vertical, plan.horizontal, p.height, p.width, t.height, t.width,
                             n, memory.get(), memory.get() + size.buffer, blends};
             const std::int64_t all = std::int64_t{p.height} * p.width;
             pass_function(pass, {table + grid, p.channels, all}, {copy + grid, p.channels, present}, true);
+        };
+    });
+    const std::int64_t again = std::int64_t(repeats.size());
+    run_tasks(again, useful_threads(copied * kElementWork, again, threads), [&] {
+        return [&](std::int64_t task) {
+            const auto [from, to] = repeats[std::size_t(task)];
+            T* copies = reinterpret_cast<T*>(p.copies);
+            std::copy_n(copies + starts[from] * p.channels, (starts[from + 1] - starts[from]) * p.channels,
+                        copies + starts[to] * p.channels);
         };
     });
 }
@@ -475,20 +516,24 @@ void prefix_gradients(const Resampling& p, const std::vector<std::int64_t>& star
     }
 }
 
-// Each channel block sums over the copies in their order, so the result does not depend on the threads.
+// Each channel block sums over the copies of one target in their order, and over the targets in the order of their first
+// copies, so the result does not depend on the threads.
 template <typename T>
 void backward(const Resampling& p, int threads, int vector_bits) {
     const PassFunction<T, float> pass_function = pick<T, float>(vector_bits);
     const std::int64_t blocks = blocks_of(p.channels, kBlock), width = std::min(kBlock, p.channels);
     const std::vector<std::int64_t> starts = first_rows(p);
+    const std::vector<std::vector<std::size_t>> groups = equal_targets(p);
     std::vector<Plan> plans;
     Size size;
     double work = 0;
-    for (const Target& t : p.targets) {
+    for (const std::vector<std::size_t>& group : groups) {
+        const Target& t = p.targets[group.front()];
         plans.push_back({transposed(forward_taps(p.filter, p.height, t.full_height, t.height), p.height),
                          transposed(forward_taps(p.filter, p.width, t.full_width, t.width), p.width)});
         plans.back().count_work(t.height, p.width);
-        work += plans.back().work * double(p.channels);
+        const double summed = double(group.size() - 1) * t.height * t.width;
+        work += (plans.back().work + summed * kElementWork) * double(p.channels);
         size.fit(t.height, t.width, p.width, width);
     }
     constexpr bool kDirect = sizeof(T) == 4;  // float gradients are summed where they belong
@@ -503,13 +548,17 @@ void backward(const Resampling& p, int threads, int vector_bits) {
             T* table = reinterpret_cast<T*>(p.table) + grid + channel;
             Rows<float> sum{memory.get() + size.buffer + size.line, n, all};
             if constexpr (kDirect) sum = {table, p.channels, all};
-            for (std::size_t k = 0; k < p.targets.size(); ++k) {
+            for (std::size_t g = 0; g < groups.size(); ++g) {
+                const std::size_t k = groups[g].front();
                 const Target& t = p.targets[k];
                 const T* copy = reinterpret_cast<const T*>(p.copies) + starts[k] * p.channels + channel;
                 const std::int64_t room = starts[k + 1] - starts[k] - p.prefix;
-                const Pass pass{plans[k].vertical, plans[k].horizontal, t.height, t.width, p.height, p.width,
-                                n, memory.get(), memory.get() + size.buffer};
-                pass_function(pass, {copy + grid, p.channels, std::min(room, std::int64_t{t.height} * t.width)}, sum, k == 0);
+                Pass pass{plans[g].vertical, plans[g].horizontal, t.height, t.width, p.height, p.width,
+                          n, memory.get(), memory.get() + size.buffer};
+                for (std::size_t i = 1; i < groups[g].size(); ++i) {
+                    pass.addends.push_back((starts[groups[g][i]] - starts[k]) * p.channels);
+                }
+                pass_function(pass, {copy + grid, p.channels, std::min(room, std::int64_t{t.height} * t.width)}, sum, g == 0);
             }
             if constexpr (!kDirect) {
                 for (std::int64_t row = 0; row < all; ++row) {

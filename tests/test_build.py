@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 FOLDERS = ("benchmarks", "csrc", "tests", "vitkernels")
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PIP_INSTALL = ("-m", "pip", "install", "-v", "--no-index", "--no-build-isolation", "--no-deps", ".", "--target")
 
 needs_compiler = pytest.mark.skipif(
@@ -119,7 +120,10 @@ if module.cuda_versions()[1] is None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     architectures, *error = result.stdout.splitlines()
-    assert "sm_90" in architectures
+    # Those of them that this nvcc knows, and the last one's PTX for what comes after.
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [number for number in ARCHITECTURES if f"compute_{number}" in listed]
+    assert architectures.split() == [*(f"sm_{number}" for number in known), f"compute_{known[-1]}"]
     assert not error or error[0].startswith("resampling: "), error
 
 
@@ -195,6 +199,8 @@ def test_build_info_of_the_installed_extension():
         assert (runtime, driver) == (None, None)
     else:
         *binaries, ptx = info["architectures"]
+        if int(info["cuda"].split(".")[0]) == 13:  # this one knows them all
+            assert binaries == [f"sm_{number}" for number in ARCHITECTURES]
         assert "sm_90" in binaries
         assert ptx == binaries[-1].replace("sm_", "compute_")
         assert info["cuda"].startswith(f"{runtime // 1000}.")

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_any_width_and_prefix(width):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_results_do_not_depend_on_the_number_of_threads(threads):
     posemb, dout = table((16, 16), 1, 1000), torch.randn(1, 1 + 37 * 37, 1000)
-    sizes = [(37, 37), (40, 20), (16, 16)]
+    sizes = [(37, 37), (40, 20), (16, 16), (37, 37), (37, 37)]
     results, before = [], torch.get_num_threads()
     try:
         for count in (1, threads):
@@ -389,6 +390,37 @@ def test_gradients_are_timms_and_prefix_rows_pass_theirs_through():
     assert torch.equal(got[:, 0], dout[:, 0])
 
 
+@needs_extension
+@every_mode
+@pytest.mark.parametrize(("old_size", "new_size"), [((4, 4), (7, 6)), ((9, 5), (3, 4))], ids=str)
+def test_second_and_third_derivatives_are_those_of_interpolate(old_size, new_size, interpolation, antialias):
+    posemb, direction = table(old_size, 2).requires_grad_(), table(old_size, 2)
+    arguments = (new_size, old_size, 2, interpolation, antialias)
+
+    def derivatives(function):
+        value, found = function(posemb, *arguments).pow(4).sum(), []
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(value, posemb, create_graph=True)
+            found.append(slope)
+            value = (slope * direction).sum()
+        return found
+
+    for got, expected in zip(derivatives(fused), derivatives(resample_abs_pos_embed), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@needs_extension
+@pytest.mark.parametrize("pad_to", [None, 10, 50])
+def test_second_derivatives_of_many_sizes_are_the_references(pad_to):
+    posemb, direction = table((4, 4), 1).requires_grad_(), table((4, 4), 1)
+    results = []
+    for function, dtype in ((fused_many, torch.float32), (vk.reference.resample_pos_embed_many, torch.float64)):
+        rows = function(posemb.to(dtype), MANY, num_prefix_tokens=1, preserve_aspect_ratio=True, pad_to=pad_to)
+        (slope,) = torch.autograd.grad(rows.pow(3).sum(), posemb, create_graph=True)
+        results.append(torch.autograd.grad((slope * direction).sum(), posemb)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5 * results[1].abs().max().item())
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -407,6 +439,17 @@ def test_any_strides_give_the_bits_of_the_contiguous_input(make):
         out = vk.ops.resample_pos_embed(leaf, (7, 6))
         results.append([out, *torch.autograd.grad(out, leaf, dout if p is posemb else dout.contiguous())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("new_size", [(5, 1), (1, 1), (2, 1), (3, 2)], ids=str)
+def test_the_reference_of_a_transposed_table_is_that_of_its_copy(new_size):
+    """F.interpolate with antialias is not, for outputs of width 1 (torch 2.15 on a CPU)."""
+    posemb = torch.randn(1, 8, 17).transpose(1, 2)
+    for function in (vk.reference.resample_pos_embed, vk.ops.resample_pos_embed):
+        with vk.backend("reference"):
+            got, expected = (function(p, new_size) for p in (posemb, posemb.contiguous()))
+        assert torch.equal(got, expected)
+        assert_close(got[:, 1:], interpolated_exactly(posemb[:, 1:], new_size, (4, 4), "bicubic", True, False))
 
 
 @pytest.mark.parametrize("lazy", [torch._neg_view, lambda p: torch._efficientzerotensor(p.shape)], ids=["negated", "zero"])
@@ -466,6 +509,40 @@ def test_whoever_looks_at_operators_sees_one():
         assert torch.equal(vk.ops.resample_pos_embed(posemb, (6, 6)), plain)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes
+@pytest.mark.parametrize("argument", ["new_size", "old_size", "sizes", "pad_to"])
+def test_sizes_that_torch_jit_trace_records_follow_the_input(argument):
+    """They are 0-d tensors then. The reference serves; ``fused`` says that the kernel cannot."""
+    calls = {
+        "new_size": lambda x, p: vk.ops.resample_pos_embed(p, (x.shape[0], x.shape[1]), (4, 4)),
+        "old_size": lambda x, p: vk.ops.resample_pos_embed(p, (6, 5), (4 * x.shape[0] // x.shape[0], 4)),
+        "sizes": lambda x, p: vk.ops.resample_pos_embed_many(p, [(3, 3), (x.shape[0], x.shape[1])], (4, 4), 1),
+        "pad_to": lambda x, p: vk.ops.resample_pos_embed_many(p, [(3, 3), (5, 3)], (4, 4), 1, pad_to=x.shape[0]),
+    }
+    call, posemb, x, other = calls[argument], table((4, 4), 1), torch.zeros(7, 6), torch.zeros(9, 3)
+    traced = torch.jit.trace(call, (x, posemb))
+    assert_close(traced(x, posemb), call(x, posemb))
+    assert_close(traced(other, 2 * posemb), call(other, 2 * posemb))
+    if _env.EXTENSION is not None:
+        with vk.backend("fused"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace records these sizes"):
+            torch.jit.trace(call, (x, posemb))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+def test_a_square_table_of_any_size_compiles_in_one_graph(backend):
+    def resampled(posemb):
+        return vk.ops.resample_pos_embed(posemb, (6, 5)), vk.ops.resample_pos_embed_many(posemb, [(3, 2)], num_prefix_tokens=1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(resampled, fullgraph=True, dynamic=True, backend="aot_eager")
+    with vk.backend(backend):
+        for side in (4, 7, 3):
+            posemb = table((side, side), 1)
+            for got, expected in zip(compiled(posemb), resampled(posemb), strict=True):
+                assert_close(got, expected)
+    torch._dynamo.reset()
+
+
 # Many sizes.
 
 MANY = [(6, 6), (4, 4), (3, 7), (1, 1), (6, 6), (2, 9)]
@@ -480,6 +557,19 @@ def test_many_sizes_are_the_single_ones_one_after_the_other(prefix, dtype, backe
         got = vk.ops.resample_pos_embed_many(posemb, MANY, num_prefix_tokens=prefix)
         single = [vk.ops.resample_pos_embed(posemb, size, (4, 4), prefix)[0] for size in MANY]
     assert torch.equal(got, torch.cat(single))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize("options", [{}, {"pad_to": 16}, {"pad_to": 9}], ids=str)
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(4, 4)] * 2, []], ids=["one", "two", "none"])
+def test_a_copy_of_the_tables_own_size_is_a_copy(sizes, options, backend):
+    posemb = table((4, 4))
+    before = posemb.clone()
+    with vk.backend(backend):
+        rows = vk.ops.resample_pos_embed_many(posemb, sizes, **options)
+    rows.zero_()
+    assert torch.equal(posemb, before)
+    assert rows.untyped_storage().data_ptr() != posemb.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
@@ -535,6 +625,27 @@ def test_the_gradient_is_bitwise_the_same_from_run_to_run():
     grads = [torch.autograd.grad(out, posemb, dout, retain_graph=True)[0] for _ in range(3)]
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
+
+
+@needs_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_size_that_many_images_have_costs_one_resampling(direction):
+    """As in timm's loop. 64 copies of one row each: all but the first cost nothing beside 128 x 128 rows of the table."""
+    posemb = table((128, 128), 0, 64).requires_grad_()
+    took = {}
+    for count in (1, 64):
+        out = fused_many(posemb, [(1, 1)] * count)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            if direction == "forward":
+                fused_many(posemb, [(1, 1)] * count)
+            else:
+                torch.autograd.grad(out, posemb, torch.ones_like(out), retain_graph=True)
+            times.append(time.perf_counter() - start)
+        took[count] = min(times)
+    assert took[64] < 8 * took[1]
 
 
 @needs_extension
@@ -668,8 +779,16 @@ P = torch.zeros(1, 17, 8)
         ),
         (lambda: vk.ops.resample_pos_embed(P, (4, 5), (4.0, 4.0)), TypeError, r"old_size must be .*, got \(4.0, 4.0\)"),
         (lambda: vk.ops.resample_pos_embed(P, (4, 5), 4), TypeError, "old_size must be two positive integers, got 4"),
-        (lambda: vk.ops.resample_pos_embed(P, (4, 5), antialias="no"), ValueError, "antialias must be one of .* got 'no'"),
-        (lambda: vk.ops.resample_pos_embed(P, (4, 5), align_corners="no"), ValueError, "align_corners must be one of"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), antialias="no"), TypeError, "antialias must be one of .* got 'no'"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), antialias=0), TypeError, "antialias must be one of True, False, got 0"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), align_corners="no"), TypeError, "align_corners must be one of"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), align_corners=1), TypeError, "align_corners must be one of .* got 1"),
+        (lambda: vk.ops.resample_pos_embed(P, (True, True)), TypeError, r"new_size must be .* got \(True, True\)"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), (True, 16)), TypeError, "old_size must be two positive integers"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), None, True), TypeError, "num_prefix_tokens must be an integer, got True"),
+        (lambda: vk.ops.resample_pos_embed(P.to_sparse(), (4, 5)), TypeError, "posemb must be of layout .*sparse_coo"),
+        (lambda: vk.ops.resample_pos_embed(P.to_mkldnn(), (4, 5)), TypeError, "posemb must be of layout .*mkldnn"),
+        (lambda: vk.ops.resample_pos_embed_many(P.to_sparse(), [(4, 5)], None, 1), TypeError, "posemb must be of layout"),
         (
             lambda: vk.ops.resample_pos_embed(P, (4, 5), num_prefix_tokens=1.0),
             TypeError,
@@ -699,15 +818,15 @@ P = torch.zeros(1, 17, 8)
             TypeError,
             "old_size must be two positive integers",
         ),
-        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, antialias="no"), ValueError, "antialias must be one of"),
+        (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, antialias="no"), TypeError, "antialias must be one of"),
         (
             lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, align_corners=2),
-            ValueError,
+            TypeError,
             "align_corners must be one of",
         ),
         (
-            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, preserve_aspect_ratio="no"),
-            ValueError,
+            lambda: vk.ops.resample_pos_embed_many(P, [(4, 5)], None, 1, preserve_aspect_ratio=0),
+            TypeError,
             "preserve_aspect_ratio must be one of",
         ),
         (lambda: vk.ops.resample_pos_embed_many(P, 6, None, 1), TypeError, "sizes must be a sequence"),

@@ -250,6 +250,23 @@ def test_naflex_positions_in_reduced_precision(dtype):
     torch.testing.assert_close(got, expected, rtol=0, atol=step)
 
 
+@pytest.mark.parametrize(("dtype", "cast"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("kind", ["batch", "image"])
+def test_naflex_positions_in_another_dtype_than_the_stream_are_rounded_once(kind, dtype, cast):
+    """As in timm: from float32, whatever the parameters are, to what autocast makes of the patches. These are zero here."""
+    embeds = []
+    for model in naflex(reg_tokens=0):
+        model.to(dtype).embeds.proj.bias.data.zero_()
+        batch, image = mixed_batch(SIZES["mixed"]), torch.zeros(1, 3, 64, 96)
+        inputs = (batch["patches"].zero_(), batch["patch_coord"], batch["patch_valid"]) if kind == "batch" else (image,)
+        with torch.autocast("cpu", cast), torch.no_grad():
+            embeds.append(model.embeds(*inputs)[0])
+    expected, got = embeds
+    assert got.dtype == expected.dtype == cast
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("size", [(112, 112), (64, 96)], ids=str)
 @pytest.mark.parametrize("case", NAFLEX)
 def test_naflexvit_of_whole_images(case, size, resampled):

@@ -119,6 +119,7 @@ CASES = {
     "several chunks": {"old_size": (3, 3), "sizes": [(4, 5)], "width": 300},
     "wide": {"old_size": (2, 40), "sizes": [(2, 90)], "width": 140},
     "many": {"old_size": (4, 4), "sizes": [(6, 5), (4, 4), (1, 7), (3, 3)], "width": 24},
+    "repeated": {"old_size": (4, 4), "sizes": [(6, 5), (1, 7), (6, 5), (4, 4), (6, 5), (4, 4)], "width": 70, "pad_to": 18},
     "squares": {"old_size": (4, 5), "sizes": [(6, 3), (4, 5), (2, 7)], "width": 24, "square": True},
     "padded": {"old_size": (4, 4), "sizes": [(6, 5), (4, 4), (1, 7), (3, 3)], "width": 8, "pad_to": 14},
     "cut": {"old_size": (4, 4), "sizes": [(6, 5), (4, 4)], "width": 8, "pad_to": 7, "prefix": 2},

@@ -69,6 +69,22 @@ def test_torch_jit_trace_is_bitwise_timms_and_leaves_the_live_model_fused():
     assert_runs_fused(fused, stock, x)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("model", ["fused", "ours", "naflex"])
+def test_torch_jit_trace_of_dynamic_sizes_runs_at_others(model):
+    """As timm's does, when it is traced at another size than the model's own."""
+    if model == "fused":
+        _, traceable = stock_and_fused(dynamic_img_size=True)
+    elif model == "ours":
+        traceable = perturbed(vitkernels.VisionTransformer(dynamic_img_size=True, **SMALL)).eval()
+    else:
+        _, traceable = stock_and_fused("naflexvit_base_patch16_gap", img_size=None, pos_embed_grid_size=(7, 7))
+    traced = torch.jit.trace(traceable, images(2, (96, 64)), check_trace=False)
+    for size in ((96, 64), (64, 128), (80, 16)):
+        x = images(2, size)
+        torch.testing.assert_close(traced(x), traceable(x), rtol=0, atol=2e-5)
+
+
 # torch.fx.
 
 

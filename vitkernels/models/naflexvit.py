@@ -25,7 +25,11 @@ _SHIPPED = tuple(
 
 
 class FusedNaFlexEmbeds(NaFlexEmbeds):
-    """``timm.models.naflexvit.NaFlexEmbeds``; patches that come cut out already are projected by timm's layer."""
+    """``timm.models.naflexvit.NaFlexEmbeds``; patches that come cut out already are projected by timm's layer.
+
+    On a CPU with AVX2 the positions of a mixed batch are timm's very numbers with antialias, timm's default; otherwise, and on
+    a GPU, they are within what ``vitkernels.ops.resample_pos_embed`` says.
+    """
 
     stock = NaFlexEmbeds
 
@@ -43,7 +47,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             self._convolution(),
             proj.bias,
             prefix_tokens=torch.cat(prefix, dim=1) if prefix else None,
-            pos_embed=self._resampled([grid], None)[None].to(compute_dtype(proj.weight)),
+            pos_embed=self._resampled([grid], None, compute_dtype(proj.weight))[None],
             pos_embed_prefix=False,
         )
         return self.pos_drop(tokens), grid
@@ -63,17 +67,21 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         sizes = [tuple(size) for size in (patch_coord.amax(dim=1) + 1).tolist()]  # (B, 2), the one synchronisation
         if len(set(sizes)) == 1:
             sizes = sizes[:1]  # and the copy is broadcast
-        x += self._resampled(sizes, x.shape[1]).to(x.dtype)
+        x += self._resampled(sizes, x.shape[1], x.dtype)
 
     @functools.wraps(NaFlexEmbeds._apply_learned_pos_embed)
     def _apply_learned_pos_embed(self, x, grid_size):
         if self._why_not_resampled():
             return super()._apply_learned_pos_embed(x, grid_size)
-        x.add_(self._resampled([grid_size], None).to(x.dtype))
+        x.add_(self._resampled([grid_size], None, x.dtype))
 
-    def _resampled(self, sizes, pad_to):
-        return resample_pos_embed_many(
-            self.pos_embed.flatten(1, 2),
+    def _resampled(self, sizes, pad_to, dtype):
+        """Rows in ``dtype``, rounded once: bfloat16 parameters meet a float16 stream under autocast."""
+        table = self.pos_embed.flatten(1, 2)
+        if table.dtype != dtype:
+            table = table.to(torch.promote_types(table.dtype, torch.float32))
+        rows = resample_pos_embed_many(
+            table,
             sizes,
             self.pos_embed.shape[1:3],
             0,
@@ -83,6 +91,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             preserve_aspect_ratio=self.pos_embed_ar_preserving,
             pad_to=pad_to,
         )
+        return rows.to(dtype)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""

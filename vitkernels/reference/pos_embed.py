@@ -77,7 +77,8 @@ def copies(
     """
     prefix, grid = posemb[0, :num_prefix_tokens], posemb[:, num_prefix_tokens:]
     image = grid.to(compute or torch.promote_types(torch.float32, grid.dtype))
-    image = image.reshape(1, *old_size, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    # In timm's layout, channels innermost: in others F.interpolate with antialias is wrong for outputs of width 1 (torch 2.15).
+    image = image.contiguous().reshape(1, *old_size, posemb.shape[-1]).permute(0, 3, 1, 2)  # (1, D, h, w)
     mode = {"mode": interpolation, "antialias": antialias, "align_corners": align_corners}
     found = []
     for size in sizes:
@@ -90,9 +91,7 @@ def copies(
             copy = resampled.permute(0, 2, 3, 1).reshape(-1, posemb.shape[-1]).to(posemb.dtype)
         copy = torch.cat([prefix, copy]) if num_prefix_tokens else copy
         found.append(copy if pad_to is None else F.pad(copy[:pad_to], (0, 0, 0, pad_to - min(copy.shape[0], pad_to))))
-    if not found:
-        return posemb[0, :0]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    return torch.cat(found) if found else posemb[0, :0].clone()  # cat of one: a table of its own size stays no view of posemb
 
 
 def resampling_matrix(old: int, new: int, interpolation: str, antialias: bool, align_corners: bool) -> Tensor:
@@ -106,7 +105,7 @@ def grid_of(posemb: Tensor, old_size: tuple[int, int] | None, num_prefix_tokens:
     """(h, w): the given one, or the square of as many tokens."""
     if old_size is not None:
         return old_size
-    side = math.isqrt(posemb.shape[1] - num_prefix_tokens)
+    side = int(math.sqrt(posemb.shape[1] - num_prefix_tokens))  # Dynamo cannot trace isqrt; exact for squares up to 2^52
     return side, side
 
 
