@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.linear import ACTIVATIONS
 from . import _tuned
 from ._tuning import Case, Problem, Shape
 from .folded_linear import launch_folded_linear_fwd
@@ -71,7 +70,7 @@ def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
         if kind == "gelu_tanh":
             entries["cublaslt"] = {"plan": "cublaslt"}
         title = f"{name} {N} x {K}, {rows} rows"
-        problem = partial(_problem, kind, shape.act, rows, N, K, arch)
+        problem = partial(_problem, kind, shape.act == "gelu_tanh", rows, N, K, arch)
         yield Case("linear", _tuned.gemm_key(kind, N, K, rows), kind, title, rows, entries, problem)
 
 
@@ -81,7 +80,7 @@ def _name(config: GemmConfig) -> str:
     return name + (f" /{config.subtiles} x{config.programs_per_sm}" if config.kernel == "descriptor" else "")
 
 
-def _problem(kind: str, act: str, rows: int, N: int, K: int, arch: str, device: torch.device) -> Problem:
+def _problem(kind: str, tanh: bool, rows: int, N: int, K: int, arch: str, device: torch.device) -> Problem:
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -89,7 +88,9 @@ def _problem(kind: str, act: str, rows: int, N: int, K: int, arch: str, device: 
 
     x, weight, bias = draw(rows, K), draw(N, K, scale=K**-0.5), draw(N)
     residual = draw(rows, N) if kind == "residual" else None
-    act = act if kind in ("act", "gelu_tanh", "norm_act") else None
+    act = None
+    if kind in ("act", "gelu_tanh", "norm_act"):
+        act = "gelu_tanh" if tanh else "gelu"  # which stands for the other forms
     norm = (1 + draw(K, scale=0.3), draw(K, scale=0.3)) if kind in ("norm", "norm_act") else None
     folded = () if norm is None else _fold(weight, bias, *norm)
 
@@ -102,7 +103,7 @@ def _problem(kind: str, act: str, rows: int, N: int, K: int, arch: str, device: 
     def expected(dtype: torch.dtype) -> Tensor:
         h = x.to(dtype) if norm is None else F.layer_norm(x.to(dtype), (K,), *(t.to(dtype) for t in norm), _EPS)
         y = F.linear(h, weight.to(dtype), bias.to(dtype))
-        y = ACTIVATIONS[act](y)
+        y = F.gelu(y, approximate="tanh" if tanh else "none") if act else y
         return y if residual is None else residual.to(dtype) + y
 
     return Problem(run, partial(expected, x.dtype), partial(expected, torch.float64))
