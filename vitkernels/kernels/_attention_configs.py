@@ -209,9 +209,11 @@ def forward_constants(
     if not config.resident:
         if dtype == torch.float32 and config.num_warps == 8 and width <= 128:
             options["maxnreg"] = 128  # ptxas would rather spill 8 bytes for a third program on an SM
+        if dtype != torch.float32 and config.block_m == 64 and arch // 10 == 10:
+            options["maxnreg"] = 255  # and here 4 to 8, between 50 and 177 keys
         rest = M % config.block_n
         tail = min(config.block_n, 32) if packed else max(16, triton.next_power_of_2(rest)) if rest else 0
-        if arch // 10 not in _READS_SHARED:
+        if arch // 10 != 9:
             tail = min(tail, max(16, config.block_n // 2))  # up to 60 bytes of spills with a full one: 100 keys of 72 channels
         return {**parts, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TAIL": tail, **options}
     blocks = _key_blocks(M)
@@ -256,7 +258,8 @@ def backward_config(
             return tuned
     if dtype == torch.float32:  # no tensor cores
         return BackwardConfig(False, 32, 32, 32, 8, 1)
-    alone = max(N, M) <= 320 and heads >= fills and not biased
+    # One query is no work for a program that has the head alone: on sm_100 it would spill 44 bytes.
+    alone = N > 1 and max(N, M) <= 320 and heads >= fills and not biased
     if arch in (90, 100):  # operands in shared memory
         if alone and Dh <= 80:
             return BackwardConfig(True, 64, 32, 32, 4, 1)
