@@ -488,10 +488,10 @@ def _describable(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _cublas(x, weight, bias, epilogue, out_dtype, preact: str, gelu_in_cublas: bool) -> tuple[Tensor | None, Tensor | None]:
+def _cublas(x, weight, bias, epilogue, out_dtype, preact: str, in_cublas: bool) -> tuple[Tensor | None, Tensor | None]:
     act, layer_scale, drop_path, rows_per_sample, residual = epilogue
     scaled = layer_scale is not None or drop_path is not None
-    if gelu_in_cublas and not scaled and residual is None and out_dtype == x.dtype and preact == "none":
+    if in_cublas and not scaled and residual is None and out_dtype == x.dtype and preact == "none":
         return torch._addmm_activation(bias.to(x.dtype), x, weight.t(), use_gelu=True), None
     plain = act is None and not scaled
     if plain and bias is None and residual is not None and residual.dtype == x.dtype == out_dtype and preact == "none":
