@@ -35,10 +35,8 @@ def rows(cache, stem, *arguments):
 
 def check(found, archs):
     assert {row["arch"] for row in found} == archs
-    spills = [
-        (row["config"], row["constants"], row["spill_bytes"]) for row in found if row["spill_bytes"] or row["local_stores"]
-    ]
-    assert not spills
+    counts = ("spill_bytes", "spill_load_bytes", "local_stores")
+    assert not [(row["config"], row["constants"], *(row[c] for c in counts)) for row in found if any(row[c] for c in counts)]
     assert not [row for row in found if row["blocks_per_sm"] < 1 or row["shared_bytes"] > row["shared_limit"]]
     for row in found:
         if row["has_dot"] and "pool" not in row["config"]:  # one query fills no Hopper tile of 64
