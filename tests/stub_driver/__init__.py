@@ -1,0 +1,117 @@
+"""Triton's real launch path on a machine without a GPU: CUDA's driver is replaced by one that does nothing (``libcuda.c``).
+
+After ``install`` an operator called on CPU tensors goes the way that it goes on an H100: dispatch, launcher, Triton's
+compilation for sm_90, its C code that packs the arguments, ``cuLaunchKernelEx``. Kernels do not run, so results are whatever the
+memory held. What Triton refuses to bind or to pack raises here as it would there; nothing else is checked (not types, not
+alignment). The interpreter and ahead-of-time compilation are for that.
+
+``install`` changes the process for good: it is called in a process of its own, before anything imports Triton.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("libcuda.c")
+ARCH, MULTIPROCESSORS = 90, 132  # the chip whose attributes libcuda.c has
+
+
+class StubDriver:
+    """The driver that was installed."""
+
+    def __init__(self, folder: tempfile.TemporaryDirectory[str], library: ctypes.CDLL) -> None:
+        self._folder = folder  # Triton links its launchers against the library until the process ends
+        library.stub_launches.restype = ctypes.c_long
+        self._launches = library.stub_launches
+
+    def launches(self) -> int:
+        """Kernels launched so far in this process."""
+        return self._launches()
+
+
+def compiler() -> str | None:
+    """The C compiler, which Triton needs for its launchers too; None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+
+
+@functools.cache
+def install() -> StubDriver:
+    """Build the driver, load it, and let Triton, torch.cuda and vitkernels believe that there is an H100.
+
+    Raises:
+        RuntimeError: there is a GPU, no C compiler, or the process has imported Triton or has ``TRITON_INTERPRET`` set.
+    """
+    import torch
+
+    if torch.cuda.is_available():  # asked before the library is loaded: PyTorch keeps the answer, and must not ask the stub
+        raise RuntimeError("the stub driver stands for a GPU that is not there, and this machine has one")
+    if "triton" in sys.modules or os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("the stub driver needs a process without TRITON_INTERPRET that has not imported Triton yet")
+    cc = compiler()
+    if cc is None:
+        raise RuntimeError("the stub driver needs a C compiler")
+    folder = tempfile.TemporaryDirectory(prefix="stub-driver-")
+    path = Path(folder.name, "libcuda.so.1")
+    # The name of the real library: Triton opens that, and what it links here is no different from what it links on a GPU.
+    command = [cc, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", str(SOURCE), "-o", str(path)]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder.name
+    stub = StubDriver(folder, ctypes.CDLL(str(path)))
+    _replace_torch_cuda()
+    _replace_triton_driver()
+    _replace_device_queries()
+    return stub
+
+
+def _replace_torch_cuda() -> None:
+    """What Triton and our launchers ask PyTorch about the device."""
+    import torch
+
+    properties = types.SimpleNamespace(major=ARCH // 10, minor=ARCH % 10, multi_processor_count=MULTIPROCESSORS)
+    properties.name = "stub driver"
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.current_device = lambda: 0
+    torch.cuda._get_device_properties = lambda index: properties
+    torch._C._cuda_getDevice = lambda: 0
+    torch._C._cuda_getCurrentRawStream = lambda index: 0
+
+
+def _replace_triton_driver() -> None:
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    driver.set_active(CudaDriver())
+
+
+def _replace_device_queries() -> None:
+    """CPU tensors stand for the GPU's, and cost what those cost: each question goes to torch.cuda, as on a GPU."""
+    import torch
+
+    from vitkernels import _env, _select
+    from vitkernels.kernels import _recorder, linear
+
+    _env.INTERPRETING = True  # operators launch for CPU tensors
+    _env.EXTENSION_HAS_CUDA = _env.EXTENSION is not None  # resampling is not Triton's: its kernels of the CPU run
+    _select.target = lambda x: _select._architecture(0)
+
+    def multiprocessors(device: torch.device) -> int:
+        return torch.cuda.get_device_properties(0).multi_processor_count
+
+    def architecture(device: torch.device) -> int:
+        major, minor = torch.cuda.get_device_capability(0)
+        return 10 * major + minor
+
+    _recorder.modules()  # loads every kernel file
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vitkernels.kernels."):
+            vars(module).update(
+                (n, f) for n, f in (("multiprocessors", multiprocessors), ("architecture", architecture)) if hasattr(module, n)
+            )
+    linear._scratch = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
