@@ -1,9 +1,10 @@
 """Triton's real launch path on a machine without a GPU: CUDA's driver is replaced by one that does nothing (``libcuda.c``).
 
 After ``install`` an operator called on CPU tensors goes the way that it goes on an H100: dispatch, launcher, Triton's
-compilation for sm_90, its C code that packs the arguments, ``cuLaunchKernelEx``. Kernels do not run, so results are whatever the
-memory held. What Triton refuses to bind or to pack raises here as it would there; nothing else is checked (not types, not
-alignment). The interpreter and ahead-of-time compilation are for that.
+compilation for sm_90, its C code that packs the arguments, ``cuLaunchKernelEx``. Kernels do not run, so results are whatever
+the memory held. What Triton refuses to bind or to pack raises here as it would there; nothing else is checked (not types, not
+alignment). The interpreter and ahead-of-time compilation are for that. Operators enter through PyTorch's dispatch key of the
+CPU, so the guard that selects the tensors' GPU around a launch is not part of it.
 
 ``install`` changes the process for good: it is called in a process of its own, before anything imports Triton.
 """
@@ -109,9 +110,8 @@ def _replace_device_queries() -> None:
         return 10 * major + minor
 
     _recorder.modules()  # loads every kernel file
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vitkernels.kernels."):
-            vars(module).update(
-                (n, f) for n, f in (("multiprocessors", multiprocessors), ("architecture", architecture)) if hasattr(module, n)
-            )
+    for name in [name for name in sys.modules if name.startswith("vitkernels.kernels.")]:
+        for question in (multiprocessors, architecture):
+            if hasattr(sys.modules[name], question.__name__):
+                setattr(sys.modules[name], question.__name__, question)
     linear._scratch = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)

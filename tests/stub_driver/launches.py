@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import stub_driver
 
-STUB = stub_driver.install()
+STUB = stub_driver.install()  # before anything imports Triton
 
 import timm
 import torch
@@ -48,7 +48,7 @@ def functions() -> Iterator[Case]:
     images, weight, prefix, positions = leaf(B, 3, 32, 32), leaf(D, 3, 16, 16), leaf(1, 1, D), leaf(1, 5, D)
     pixels = torch.randint(0, 256, (B, 3, 32, 32), dtype=torch.uint8)
     statistics = {"mean": torch.rand(3), "std": torch.rand(3)}
-    ops, last = vk.ops, torch.channels_last
+    ops, last = vk.ops, pixels.to(memory_format=torch.channels_last)
     tokens = {"prefix_tokens": prefix, "pos_embed": positions}
     everywhere = {
         "layer_norm": lambda: ops.layer_norm(x, w, b),
@@ -124,6 +124,13 @@ def backward(call: Callable[[], object], plan: str | None = None) -> None:
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
 
 
+def recorded(call: Callable[[], object]) -> int:
+    kernels: list[str] = []
+    with _recorder.recording(lambda kernel, *_: kernels.append(kernel)):
+        call()
+    return len(kernels)
+
+
 def main(room: str) -> None:
     cases = {"operators": operators, "functions": functions, "models": models}[room]
     with vk.backend("fused"):
@@ -133,10 +140,7 @@ def main(room: str) -> None:
                 before = STUB.launches()
                 call()
                 line["launches"] = STUB.launches() - before
-                recorded: list[str] = []
-                with _recorder.recording(lambda kernel, *_: recorded.append(kernel)):
-                    call()
-                line["recorded"] = len(recorded)
+                line["recorded"] = recorded(call)
             except Exception as error:  # whatever Triton, PyTorch or a launcher refuses is what this looks for
                 line["error"] = f"{type(error).__name__}: {error}"
             print(json.dumps(line), flush=True)
