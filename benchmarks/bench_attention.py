@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, Unavailable, report
-from providers import _SDPA, Function, KernelContest, dtype_on, need_compiler, need_gpu, optional
+from providers import _SDPA, Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, ours_on
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from workloads import Case, cases
@@ -44,7 +44,9 @@ def extra(case: Case, device: torch.device, row: dict[str, Any]) -> dict[str, An
     workload = case.workload
     unit = case.batch * workload.tokens * workload.width * dtype_on(device).itemsize
     product = 2 * case.batch * workload.tokens**2 * workload.width
-    units, products = (4, 2) if case.mode == "infer" else (4 + 8, 2 + 5)  # q k v o; then q k v o do, dq dk dv
+    forward, backward = (4, 2), (8, 5)  # units and products: q k v o; q k v o do, dq dk dv
+    both = tuple(map(sum, zip(forward, backward, strict=True)))
+    units, products = {"infer": forward, "backward": backward, "train": both}[case.mode]
     seconds = row["ms"] / 1000
     moved, flops = units * unit, products * product
     return {"bytes": moved, "flops": flops, "gb_per_s": moved / seconds / 1e9, "tflop_per_s": flops / seconds / 1e12}
@@ -70,7 +72,7 @@ def _functions(device: torch.device) -> dict[str, Callable[[], tuple[Function, s
         **{name: lambda name=name: (_with_backend(name, device), "pytorch") for name in _SDPA},
         "flash-attn": flash_attn,
         "xformers": xformers,
-        "fused": lambda: (_ours(device), "kernel" if device.type == "cuda" else "reference"),
+        "fused": lambda: (_ours(device), ours_on(device)[1]),
     }
 
 
@@ -114,8 +116,7 @@ def _xformers(ops: Any) -> Function:
 
 
 def _ours(device: torch.device) -> Function:
-    """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
-    policy = "fused" if device.type == "cuda" else "auto"
+    policy, _ = ours_on(device)
 
     def attention(qkv: Tensor) -> Tensor:
         with vk.backend(policy):

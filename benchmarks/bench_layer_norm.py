@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, report
-from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional
+from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, ours_on
 from torch import Tensor
 from workloads import Case, cases
 
@@ -18,8 +18,10 @@ EPS = 1e-6
 UNITS = {
     ("layer_norm", "infer"): 2,
     ("layer_norm", "train"): 2 + 3,
+    ("layer_norm", "backward"): 3,
     ("add_layer_norm", "infer"): 4,
     ("add_layer_norm", "train"): 4 + 4,
+    ("add_layer_norm", "backward"): 4,
 }
 
 
@@ -73,7 +75,7 @@ def _functions(added: bool, device: torch.device, mode: str) -> dict[str, Callab
         "eager": lambda: (of(_eager), "pytorch"),
         "compile": compiled,
         **{name: other(name, norm) for name, norm in others.items()},
-        "fused": lambda: (_ours(added, device), "kernel" if device.type == "cuda" else "reference"),
+        "fused": lambda: (_ours(added, device), ours_on(device)[1]),
     }
 
 
@@ -82,8 +84,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _ours(added: bool, device: torch.device) -> Function:
-    """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
-    policy = "fused" if device.type == "cuda" else "auto"
+    policy, _ = ours_on(device)
 
     def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with vk.backend(policy):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, Unavailable, report
-from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, quack_activation
+from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, ours_on, quack_activation
 from torch import Tensor
 from workloads import Case, cases
 
@@ -114,13 +114,12 @@ def _functions(kind: str, device: torch.device, mode: str) -> dict[str, Callable
         "transformer_engine": transformer_engine,
         "plan-cublas": plan("cublas"),
         "plan-triton": plan("triton"),
-        "fused": lambda: (_ours(act, device, "auto"), "kernel" if device.type == "cuda" else "reference"),
+        "fused": lambda: (_ours(act, device, "auto"), ours_on(device)[1]),
     }
 
 
 def _ours(act: str | None, device: torch.device, plan: str) -> Function:
-    """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
-    policy = "fused" if device.type == "cuda" else "auto"
+    policy, _ = ours_on(device)
 
     def function(x, weight, bias, layer_scale=None, residual=None):
         with vk.backend(policy), _select.planning(plan):

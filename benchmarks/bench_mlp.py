@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, Unavailable, report
-from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, quack_activation
+from providers import Function, KernelContest, dtype_on, need_compiler, need_gpu, optional, ours_on, quack_activation
 from torch import Tensor
 from workloads import Case, cases
 
@@ -88,7 +88,7 @@ def _functions(act: str, device: torch.device) -> dict[str, Callable[[], tuple[F
         def build() -> tuple[Function, str]:
             if plan != "auto" or options:
                 need_gpu(device, "a plan of ours")
-            return _ours(act, device, plan, **options), "kernel" if device.type == "cuda" else "reference"
+            return _ours(act, device, plan, **options), ours_on(device)[1]
 
         return build
 
@@ -105,8 +105,7 @@ def _functions(act: str, device: torch.device) -> dict[str, Callable[[], tuple[F
 
 
 def _ours(act: str, device: torch.device, plan: str, **options: bool) -> Function:
-    """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
-    policy = "fused" if device.type == "cuda" else "auto"
+    policy, _ = ours_on(device)
 
     def function(*inputs: Tensor) -> Tensor:
         with vk.backend(policy), _select.planning(plan):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from protocol import Outcome, report
-from providers import Function, KernelContest, dtype_on, need_compiler
+from providers import Function, KernelContest, dtype_on, need_compiler, ours_on
 from torch import Tensor
 from workloads import Case, cases
 
@@ -29,7 +29,8 @@ def DTYPE(device: torch.device) -> str:
     return str(dtype_on(device)).removeprefix("torch.")
 
 
-def contest(case: Case, device: torch.device, size: str) -> KernelContest:
+def contest(case: Case, device: torch.device, size: str, pinned: bool = True) -> KernelContest:
+    """``pinned``: uint8 pixels start in pinned host memory; else on the device."""
     w, dtype = case.workload, dtype_on(device)
     side = w.image // w.patch * w.patch  # timm's convolution leaves out what does not fill a patch
     grid = (side // w.patch) ** 2
@@ -45,7 +46,8 @@ def contest(case: Case, device: torch.device, size: str) -> KernelContest:
         images = draw(case.batch, 3, side, side)
     else:
         images = torch.randint(0, 256, (case.batch, 3, side, side), dtype=torch.uint8)
-        images = images.pin_memory() if device.type == "cuda" else images
+        if device.type == "cuda":
+            images = images.pin_memory() if pinned else images.to(device)
     cotangents = (draw(case.batch, w.tokens, w.width),)
     return KernelContest(_functions(images, device), inputs, cotangents, case.mode)
 
@@ -69,7 +71,7 @@ def _functions(source: Tensor, device: torch.device) -> dict[str, Callable[[], t
         "eager": lambda: (_from(source, _eager), "pytorch"),
         "unfold-linear": lambda: (_from(source, _unfold_linear), "pytorch"),
         "compile": compiled,
-        "fused": lambda: (_fused(source, device), "kernel" if device.type == "cuda" else "reference"),
+        "fused": lambda: (_fused(source, device), ours_on(device)[1]),
     }
 
 
@@ -113,8 +115,7 @@ def _positioned(tokens: Tensor, prefix: Tensor | None, positions: Tensor) -> Ten
 
 
 def _fused(source: Tensor, device: torch.device) -> Function:
-    """On a GPU under ``fused``: a kernel that is missing fails instead of timing the fallback."""
-    policy = "fused" if device.type == "cuda" else "auto"
+    policy, _ = ours_on(device)
     mean, std = _statistics(device, torch.float32)
     normalise = {"mean": mean, "std": std} if source.dtype == torch.uint8 else {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from protocol import CLOCK, Outcome, measure
+from protocol import CLOCK, Outcome, describe, measure
 
 from vitkernels.cli import _environment
 
@@ -52,12 +52,7 @@ def outcomes(request: pytest.FixtureRequest, environment: dict[str, Any]) -> dic
         torch._dynamo.reset()  # its limit on recompilations counts across models, and beyond it eager would run silently
     contest = module.contest(case, device, request.config.getoption("--size"))
     found = measure(_selected(request, case), contest.build, device, case.batch, kernel=case.subject != "model")
-    work = {"subject": case.subject, "workload": case.workload.name, "batch": case.batch, "mode": case.mode}
-    for outcome in found.values():
-        row = outcome.row
-        if row:
-            extra = module.extra(case, device, row) if hasattr(module, "extra") else {}
-            row.update({**work, "dtype": module.DTYPE(device), **extra, "environment": environment})
+    describe(found, module, case, device, environment)
     return found
 
 

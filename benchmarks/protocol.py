@@ -32,7 +32,8 @@ class Contender:
     """One way to do the work of a case.
 
     Attributes:
-        path: ``pytorch``, a package's name, or for ours ``kernel``, ``mixed`` or ``reference``.
+        path: ``pytorch``, a package's name, or for ours ``kernel``, ``mixed``, ``reference`` or ``stub``: nothing is computed
+            behind a driver that does nothing, and there is nothing to check.
         step: the timed call.
         check: the gate at the very shape; raises AssertionError when results are not within the budget.
         peak: bytes of GPU memory of one call; None on a CPU.
@@ -88,7 +89,8 @@ def _admitted(name: str, build: Callable[[str], Contender], device: torch.device
     """The contender if it runs and is right; else the outcome says why not."""
     try:
         contender = build(name)
-        contender.check()
+        if contender.path != "stub":
+            contender.check()
         for _ in range(3 if device.type == "cuda" else 1):  # max-autotune records its CUDA graph on the second call
             contender.step()
         return contender
@@ -164,6 +166,14 @@ def _gpu_sampler(device: torch.device, kernel: bool) -> Callable[[str, Step], tu
         return begin.elapsed_time(end) / 1000, time.perf_counter() - start
 
     return sample
+
+
+def describe(outcomes: dict[str, Outcome], module: Any, case: Any, device: torch.device, environment: dict[str, Any]) -> None:
+    """Add to each row what work it is about, and what the case's module says of it."""
+    work = {"subject": case.subject, "workload": case.workload.name, "batch": case.batch, "mode": case.mode}
+    for row in (outcome.row for outcome in outcomes.values() if outcome.row):
+        extra = module.extra(case, device, row) if hasattr(module, "extra") else {}
+        row.update({**work, "dtype": module.DTYPE(device), **extra, "environment": environment})
 
 
 def _microseconds(clock: str, seconds: list[float] | None) -> dict[str, float | None]:

@@ -1,9 +1,11 @@
 """The contenders: for whole models, and what single operators share. One set of weights and inputs for all of a case."""
 
+import contextlib
+import functools
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import Case
 
+import vitkernels as vk
+from vitkernels import _select
 from vitkernels.cli import _measure
 from vitkernels.cli._output import CommandError
 from vitkernels.cli._providers import Provider, _sharing_weights, fused_provider, stock_providers
@@ -25,12 +29,27 @@ _SDPA = {
     "sdpa-math": SDPBackend.MATH,
 }
 # "naive-attention" is timm with fused_attn off; not "unfused", which -k fused would select.
+# Ours: under policy ``fused`` with what the tuned table says, with a plan forced, folded for inference, and as users have it.
+OURS = ("fused", "plan-cublas", "plan-triton", "inference", "auto")
 MODEL_PROVIDERS = ("eager", "autocast", "naive-attention", "compile", "max-autotune", *_SDPA, "fused")
+
+
+STUBBED = False  # a driver that does nothing stands for a GPU (tests/stub_driver): gpu_round's dry run
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, where few processors have fast bfloat16."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or STUBBED else torch.float32
+
+
+def ours_on(device: torch.device) -> tuple[str, str]:
+    """The policy to run our operators under, and the path that their rows name.
+
+    On a GPU the policy is ``fused``: a kernel that is missing fails instead of timing the fallback.
+    """
+    if STUBBED:
+        return "fused", "stub"
+    return ("fused", "kernel") if device.type == "cuda" else ("auto", "reference")
 
 
 def optional(module: str, package: str) -> Any:
@@ -62,6 +81,30 @@ def need_compiler(device: torch.device) -> None:
         raise Unavailable("torch.compile needs a C++ compiler on a CPU")
 
 
+class Graphed(Provider):
+    """Its call replays a CUDA graph; where there is no GPU it is the call itself."""
+
+    def step(self, images: Tensor, labels: Tensor, mode: str) -> Callable[[], Tensor]:
+        call = super().step(images, labels, mode)
+        if images.device.type != "cuda":
+            return call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and asks cuBLAS for its workspace, neither of which can be captured
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
 class ModelContest:
     """Builds the contenders of one model, batch and mode."""
 
@@ -76,14 +119,23 @@ class ModelContest:
         classes = self._oracle.model.num_classes
         labels = torch.randint(max(classes, 1), (case.batch,), generator=generator).to(device)
         self._arguments = (images, labels, case.mode)
-        eager = self._ready["eager"]
-        self._base = _measure.outputs(eager, self._arguments)
-        self._truth = self._base if dtype == torch.float32 else _measure.outputs(self._oracle, self._arguments)
         self._models: list[nn.Module] = [p.model for p in found]
 
+    @functools.cached_property
+    def _base(self) -> list[Tensor]:
+        return _measure.outputs(self._ready["eager"], self._arguments)
+
+    @functools.cached_property
+    def _truth(self) -> list[Tensor]:
+        exact = dtype_on(self._device) == torch.float32
+        return self._base if exact else _measure.outputs(self._oracle, self._arguments)
+
     def build(self, name: str) -> Contender:
-        """The contender, with its gate. Raises Unavailable."""
-        provider = self._ready.get(name) or self._variant(name)
+        """The contender, with its gate. ``NAME-graph``: contender NAME as a CUDA graph. Raises Unavailable."""
+        plain = name.removesuffix("-graph")
+        provider = self._ready.get(plain) or self._variant(plain)
+        if plain != name:
+            provider = Graphed(**{**vars(provider), "name": name})
         self._models.append(provider.model)
         step = provider.step(*self._arguments)
         return Contender(
@@ -95,11 +147,8 @@ class ModelContest:
 
     def _variant(self, name: str) -> Provider:
         eager = self._ready["eager"]
-        if name == "fused":
-            try:
-                return fused_provider(eager, self._name, self._device)
-            except CommandError as error:
-                raise Unavailable(str(error)) from error
+        if name in OURS:
+            return self._fused(name)
         if name in _SDPA:
             need_gpu(self._device, "the choice among SDPA backends")
             return Provider(name, "pytorch", eager.model, eager.dtype, lambda: sdpa_kernel(_SDPA[name]))
@@ -112,8 +161,29 @@ class ModelContest:
         if self._device.type == "cpu" and self._size != "full":
             raise Unavailable("compiling a model takes longer than all else on a CPU: --size full measures it")
         need_compiler(self._device)
-        mode = {"compile": None, "max-autotune": "max-autotune"}[name]
-        return Provider(name, "pytorch", torch.compile(model, dynamic=False, mode=mode), eager.dtype)
+        mode = None if name == "compile" else name
+        how = {"backend": "aot_eager"} if STUBBED else {"mode": mode}  # seconds instead of a minute
+        return Provider(name, "pytorch", torch.compile(model, dynamic=False, **how), eager.dtype)
+
+    def _fused(self, name: str) -> Provider:
+        eager, plan = self._ready["eager"], name.removeprefix("plan-")
+        try:
+            found = fused_provider(eager, self._name, self._device)
+        except CommandError as error:
+            raise Unavailable(str(error)) from error
+        policy, path = found.context, found.path
+        if STUBBED:
+            policy, path = (lambda: vk.backend("fused")), "stub"
+        if name == "auto":
+            policy, path = (lambda: vk.backend("auto")), path if path == "stub" else "mixed"
+
+        @contextlib.contextmanager
+        def context() -> Iterator[None]:
+            with policy(), _select.planning(plan):
+                yield
+
+        model = vk.fuse(found.model, inference=True) if name == "inference" else found.model
+        return Provider(name, path, model, eager.dtype, context)
 
     def _check(self, provider: Provider) -> None:
         """bfloat16 autocast of a float32 model is judged beside a bfloat16 model, everything else beside eager."""
@@ -144,7 +214,8 @@ class KernelContest:
     Args:
         functions: by provider, a factory of ``(function, path)`` that raises Unavailable. ``eager`` is the oracle in float64.
         inputs: tensors or None; random, the same for all.
-        cotangents: of each output, for ``train``.
+        cotangents: of each output, where there is a backward.
+        mode: ``infer``: forward without gradients; ``train``: forward and backward; ``backward``: that alone.
     """
 
     def __init__(
@@ -154,10 +225,15 @@ class KernelContest:
         cotangents: Sequence[Tensor],
         mode: str,
     ) -> None:
-        self._functions, self._inputs, self._cotangents, self._train = functions, inputs, cotangents, mode == "train"
-        eager, _ = functions["eager"]()
-        self._eager = self._results(eager, inputs)
-        self._truth = self._results(eager, [None if t is None else t.double() for t in inputs])
+        self._functions, self._inputs, self._cotangents, self._mode = functions, inputs, cotangents, mode
+
+    @functools.cached_property
+    def _eager(self) -> dict[str, Tensor]:
+        return self._results(self._functions["eager"]()[0], self._inputs)
+
+    @functools.cached_property
+    def _truth(self) -> dict[str, Tensor]:
+        return self._results(self._functions["eager"]()[0], [None if t is None else t.double() for t in self._inputs])
 
     def build(self, name: str) -> Contender:
         """The contender, with its gate. Raises Unavailable."""
@@ -167,23 +243,28 @@ class KernelContest:
         return Contender(path, step, lambda: self._check(function, name == "fused"), lambda: extra_memory(step, device))
 
     def _step(self, function: Function) -> Callable[[], object]:
-        leaves = [None if t is None else t.detach().requires_grad_(self._train) for t in self._inputs]
+        leaves = [None if t is None else t.detach().requires_grad_(self._mode != "infer") for t in self._inputs]
         wanted = [t for t in leaves if t is not None]
 
         def infer() -> object:
             with torch.inference_mode():
                 return function(*leaves)
 
-        def train() -> object:
-            outputs = function(*leaves)
-            return torch.autograd.grad(outputs, wanted, self._cotangents[: len(_tuple(outputs))])
+        def gradients(outputs: tuple[Tensor, ...], **options: bool) -> object:
+            return torch.autograd.grad(outputs, wanted, self._cotangents[: len(outputs)], **options)
 
-        return train if self._train else infer
+        def train() -> object:
+            return gradients(_tuple(function(*leaves)))
+
+        if self._mode != "backward":
+            return infer if self._mode == "infer" else train
+        outputs = _tuple(function(*leaves))
+        return lambda: gradients(outputs, retain_graph=True)
 
     def _results(self, function: Function, inputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         from helpers import outputs_and_gradients
 
-        if self._train:
+        if self._mode != "infer":
             return outputs_and_gradients(function, inputs, self._cotangents)
         with torch.inference_mode():
             return {f"output {i}": t.clone() for i, t in enumerate(_tuple(function(*inputs)))}

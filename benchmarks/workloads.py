@@ -29,7 +29,7 @@ class Case:
 
     Attributes:
         subject: ``model``, or the operator.
-        mode: ``infer``: forward without gradients; ``train``: forward and backward.
+        mode: ``infer``: forward without gradients; ``train``: forward and backward; ``backward``: an operator's alone.
     """
 
     subject: str

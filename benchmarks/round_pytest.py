@@ -1,0 +1,44 @@
+"""A pytest plugin for the tests of ``gpu_round.py``: results are written one by one, and a run that is cut has seen every file.
+
+``pytest -p round_pytest`` with ``VITKERNELS_ROUND_ROWS=FILE`` appends a JSON line for each test to FILE, leaves out the tests
+that FILE has, and takes the others in turns, one of each test file, those of the operators first.
+"""
+
+import itertools
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from gpu_round import read_rows
+
+OPERATORS = ("linear", "mlp", "attention", "layer_norm", "patch_embed", "fold", "pos_embed", "registration")  # of test files
+ROWS = Path(os.environ["VITKERNELS_ROUND_ROWS"])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    known = {row["id"] for row in read_rows(ROWS)}
+    files: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.nodeid not in known:
+            files[item.path.stem].append(item)
+    first = [file for file in files if file.startswith(tuple(f"test_{name}" for name in OPERATORS))]
+    later = [file for file in files if file not in first]
+    items[:] = [item for group in (first, later) for item in _in_turns([files[file] for file in group])]
+
+
+def _in_turns(files: list[list[pytest.Item]]) -> list[pytest.Item]:
+    turns = itertools.zip_longest(*files)
+    return [item for turn in turns for item in turn if item is not None]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Of a test's own call; of setting it up and taking it down only what fails or skips. With xdist, in the main process."""
+    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+        return
+    row = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+    if report.failed:
+        row["wrong"] = str(report.longrepr).strip()[-1000:]
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
