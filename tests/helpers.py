@@ -40,7 +40,7 @@ def _errors(value: Tensor, oracle: Tensor) -> tuple[float, float]:
 def assert_within_budget(name: str, kernel: Tensor, eager: Tensor, oracle: Tensor, step: float | None = None) -> None:
     """DESIGN's budget: error(kernel) <= 2 * error(eager PyTorch, same dtype) + one rounding step, in relative L2 and max-abs.
 
-    One rounding step of the output dtype is eps, relative to the tensor's norm and to its largest element; ``step`` replaces it.
+    One rounding step of the output dtype is eps, relative to the tensor's norm and to its largest element, or ``step``.
     """
     assert kernel.dtype == eager.dtype, f"{name}: dtype {kernel.dtype}, eager has {eager.dtype}"
     assert kernel.shape == eager.shape, f"{name}: shape {tuple(kernel.shape)}, eager has {tuple(eager.shape)}"
