@@ -5,7 +5,7 @@ and measured ceilings; ``pytest -m gpu``; compute-sanitizer; tuning (``vitkernel
 of models, of compiled models; the slow tests of ``-m gpu``; a summary. Each has a limit, which is cut to what the budget leaves
 after the least time that every later step needs. One that is over it is interrupted and what it had measured is kept.
 
-DIR gets one JSON file per step, ``tuned/<arch>.json`` and ``round.log``. Started again, a step whose file says ok is not
+DIR gets one JSON file per step, ``tuned/<GPU>.json`` and ``round.log``. Started again, a step whose file says ok is not
 repeated (``--force`` repeats it), and one that was interrupted adds to what it had measured. ``--dry-run`` takes the same
 steps without a GPU, at tiny shapes. ``benchmarks/report.py`` reads the ``kernels.json``, ``models.json`` and
 ``compiled.json`` of a round.

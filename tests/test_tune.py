@@ -1,5 +1,6 @@
 """``vitkernels tune``: what is written, when, and what never is. A fake clock stands for the GPU's, kernels are interpreted."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,10 +14,13 @@ import torch
 from vitkernels.cli import main, tune
 from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.kernels import _tuned
+from vitkernels.kernels._device import gpu_name
 from vitkernels.kernels._tuning import Case, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("large", "small")
+H100 = gpu_name(-1, "sm_90")  # which stands for its architecture
+TABLE = "nvidia_h100_80gb_hbm3.json"
 MAKERS = tune._makers
 ENTRIES = {
     "cublas": {"plan": "cublas"},
@@ -33,12 +37,12 @@ def toy(**candidates):
         x = torch.randn(1000)
 
         def run():
-            entry = _tuned.lookup("sm_90", "toy", key)
+            entry = _tuned.lookup(H100, "toy", key)
             return candidates.get(entry.get("block"), torch.square)(x)
 
         return Problem(run, lambda: x * x, lambda: x.double() * x.double())
 
-    def cases(shape, batch, arch):
+    def cases(shape, batch, arch, dtype):
         for key in KEYS:
             rows = batch * (10 if key == "large" else 1)
             full = f"{key}/{_tuned.bucket(rows)}"
@@ -93,7 +97,7 @@ def tuned(capsys, *arguments, code=0):
 
 
 def table(path):
-    return json.loads((path / "tuned" / "sm_90.json").read_text())
+    return json.loads((path / "tuned" / TABLE).read_text())
 
 
 # Where there is nothing to measure on.
@@ -116,16 +120,16 @@ def test_the_faster_candidate_is_written_and_found_by_the_launcher(clock, capsys
     document = tuned(capsys)
     assert [(row["key"], row["chosen"]) for row in document["rows"]] == [("large/1024", "block 64"), ("small/128", "block 64")]
     assert (document["kept"], document["left"]) == (0, 0)
-    assert document["table"] == str(tmp_path / "tuned" / "sm_90.json")
-    entry = _tuned.lookup("sm_90", "toy", "large/1024")
+    assert document["table"] == str(tmp_path / "tuned" / TABLE)
+    entry = _tuned.lookup(H100, "toy", "large/1024")
     assert entry["plan"] == "triton"
     assert entry["block"] == 64
     assert entry == table(tmp_path)["toy"]["large/1024"]
     measured = entry["measured"]
     assert (measured["rows"], measured["us"], measured["baseline_us"]) == (1000, 500.0, 1000.0)
     assert measured["torch"] == torch.__version__
-    assert _tuned.lookup("sm_90", "toy", "large/2048") is None
-    assert _tuned.lookup("sm_80", "toy", "large/1024") is None
+    assert _tuned.lookup(H100, "toy", "large/2048") is None
+    assert _tuned.lookup(gpu_name(-1, "sm_80"), "toy", "large/1024") is None
 
 
 def test_where_nothing_is_faster_the_table_says_cublas_and_by_how_much(clock, capsys, tmp_path):
@@ -157,13 +161,39 @@ def test_rounds_are_interleaved(clock, capsys):
 def test_output_names_another_table_and_the_users_comes_first(clock, capsys, tmp_path, monkeypatch):
     shipped = tmp_path / "shipped"
     monkeypatch.setattr(_tuned, "_SHIPPED", shipped)
-    tuned(capsys, "--output", str(shipped / "sm_90.json"))
+    tuned(capsys, "--output", str(shipped / TABLE))
     assert not (tmp_path / "tuned").exists()
-    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 64
+    assert _tuned.lookup(H100, "toy", "large/1024")["block"] == 64
     clock.milliseconds = {"128": 0.25}
     tuned(capsys)
-    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 128
-    assert json.loads((shipped / "sm_90.json").read_text())["toy"]["large/1024"]["block"] == 64
+    assert _tuned.lookup(H100, "toy", "large/1024")["block"] == 128
+    assert json.loads((shipped / TABLE).read_text())["toy"]["large/1024"]["block"] == 64
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_the_dtype_goes_down_to_the_cases_and_is_told(clock, capsys, monkeypatch, arguments, dtype):
+    seen, cases = [], toy()
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": lambda *args: seen.append(args[2:]) or cases(*args)})
+    environment = tuned(capsys, *arguments)["environment"]
+    assert set(seen) == {("sm_90", getattr(torch, dtype))}
+    assert (environment["gpu"], environment["dtype"]) == (H100, dtype)
+    assert main(["tune", "--batch-sizes", "100", "--force", *arguments]) == 0
+    assert f"tuned on {H100}, {dtype}" in capsys.readouterr().out
+
+
+def test_a_table_of_format_1_stays_as_it_is(clock, capsys, tmp_path, caplog):
+    old = json.dumps({"format": 1, "toy": {"large/1024": {"plan": "cublas"}}})
+    (tmp_path / "tuned").mkdir()
+    for name in (TABLE, "sm_90.json"):
+        (tmp_path / "tuned" / name).write_text(old)
+    assert main(["tune", "--batch-sizes", "100"]) == 2
+    assert f"{TABLE} exists and is no table of format 2: move it away" in capsys.readouterr().err
+    assert clock.calls == 0
+    (tmp_path / "tuned" / TABLE).rename(tmp_path / "away.json")
+    document = tuned(capsys)
+    assert [row["chosen"] for row in document["rows"]] == ["block 64"] * 2
+    assert table(tmp_path)["format"] == 2
+    assert (tmp_path / "tuned" / "sm_90.json").read_text() == (tmp_path / "away.json").read_text() == old
 
 
 # Resuming.
@@ -217,10 +247,10 @@ def test_who_reads_during_a_write_finds_a_whole_table(clock, capsys, tmp_path, m
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    _tuned.write(tmp_path / "tuned" / "sm_90.json", "linear", "act/1/1/64", {"plan": "cublas"})
+    _tuned.write(tmp_path / "tuned" / TABLE, "linear", "act/bfloat16/1/1/64", {"plan": "cublas"})
     (old, new), *_ = seen
     assert old == before
-    assert new == table(tmp_path) == {**before, "linear": {"act/1/1/64": {"plan": "cublas"}}}
+    assert new == table(tmp_path) == {**before, "linear": {"act/bfloat16/1/1/64": {"plan": "cublas"}}}
 
 
 def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tmp_path, monkeypatch):
@@ -234,7 +264,7 @@ def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tm
     assert main(["tune", "--batch-sizes", "1000"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert table(tmp_path) == before
-    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["sm_90.json"]
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == [TABLE]
 
 
 # What is never written.
@@ -295,8 +325,8 @@ def test_without_a_baseline_nothing_is_decided(clock, capsys, tmp_path, monkeypa
 def test_a_case_that_does_not_fit_is_named_and_the_others_are_measured(clock, capsys, monkeypatch):
     cases = toy()
 
-    def first_is_too_large(shape, batch, arch):
-        first, second = cases(shape, batch, arch)
+    def first_is_too_large(shape, batch, arch, dtype):
+        first, second = cases(shape, batch, arch, dtype)
 
         def problem(device):
             raise torch.OutOfMemoryError
@@ -316,7 +346,8 @@ def test_a_case_that_does_not_fit_is_named_and_the_others_are_measured(clock, ca
         (["vit_of_my_dreams"], "unknown model 'vit_of_my_dreams'"),
         (["--budget", "0"], "not a positive number of seconds"),
         (["--batch-sizes", "0"], "not a positive whole number"),
-        (["--output", str(ROOT / "README.md")], "exists and is no table of format 1"),
+        (["--dtype", "float32"], "invalid choice: 'float32'"),
+        (["--output", str(ROOT / "README.md")], "exists and is no table of format 2"),
         (["resnet18"], "resnet18 cannot be fused"),
     ],
 )
@@ -333,39 +364,47 @@ def test_bad_requests_are_one_line(clock, capsys, arguments, message):
 
 
 def test_a_models_gemms_are_its_cases():
-    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90") if case.stem in ("linear", "patch_embed")]
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16) if case.stem in ("linear", "patch_embed")]
     assert [case.key for case in cases] == [
-        "act/192/64/256",
-        "residual/64/192/256",
-        "residual/64/64/256",
-        "plain/192/64/256",
-        "norm_act/192/64/256",
-        "norm/192/64/256",
-        "fwd/64/768/256",
-        "fwd_uint8/64/768/256",
-        "fwd_cast/64/768/256",
-        "dweight/64/768/256",
-        "dweight_uint8/64/768/256",
-        "dweight_cast/64/768/256",
+        "act/bfloat16/192/64/256",
+        "residual/bfloat16/64/192/256",
+        "residual/bfloat16/64/64/256",
+        "plain/bfloat16/192/64/256",
+        "norm_act/bfloat16/192/64/256",
+        "norm/bfloat16/192/64/256",
+        "fwd/bfloat16/64/768/256",
+        "fwd_uint8/bfloat16/64/768/256",
+        "fwd_cast/bfloat16/64/768/256",
+        "dweight/bfloat16/64/768/256",
+        "dweight_uint8/bfloat16/64/768/256",
+        "dweight_cast/bfloat16/64/768/256",
     ]
     assert {case.rows for case in cases if case.stem == "linear"} == {2 * 101}
     assert {case.rows for case in cases if case.stem == "patch_embed"} == {2 * 100}
 
 
 def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_first():
-    every = tune._cases([], None, "sm_90")
+    every = tune._cases([], None, "sm_90", torch.bfloat16)
     assert len({(case.stem, case.key) for case in every}) == len(every)
     cases = [case for case in every if case.stem == "linear"]
     keys = [case.key for case in cases]
     assert len(set(keys)) == len(keys)
     assert keys[0].startswith("act/")
     by_key = {case.key: case for case in cases}
-    assert by_key["act/3072/768/65536"].rows == 256 * 197
-    assert by_key["act/4304/1152/16384"].rows == 64 * 256
+    assert by_key["act/bfloat16/3072/768/65536"].rows == 256 * 197
+    assert by_key["act/bfloat16/4304/1152/16384"].rows == 64 * 256
     kinds = [case.kind for case in cases]
     assert kinds == sorted(kinds, key=["act", "residual", "plain", "norm_act", "norm"].index)
     rows = [case.rows for case in cases if case.kind == "act"]
     assert rows == sorted(rows, reverse=True)
+
+
+def test_gradients_of_patches_are_finite_in_float16_at_a_large_batch():
+    shape = tune._ModelShape(tokens=56**2, width=64, num_heads=1, hidden=64, act="gelu", patch=4, image=224)
+    cases = MAKERS()["patch_embed"](shape, 16, "sm_90", torch.float16)
+    case = next(case for case in cases if case.key.startswith("dweight/"))
+    largest = case.problem(torch.device("cpu")).oracle().abs().max().item()
+    assert 1 < largest < torch.finfo(torch.float16).max / 4
 
 
 def test_the_launcher_can_take_every_candidate():
@@ -428,6 +467,34 @@ def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, ca
     assert blocks == [256, 256]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels take CPU tensors")
+@pytest.mark.parametrize("stem", ["linear", "attention", "patch_embed"])
+def test_in_float16_the_launchers_run_every_candidate_and_it_is_right(clock, capsys, monkeypatch, tmp_path, stem):
+    """The baseline and two others of each case, so that the interpreter is quick."""
+    tried, found, lookup = [], [], _tuned.lookup
+
+    def few(*arguments):
+        for case in MAKERS()[stem](*arguments):
+            baseline, *others = case.entries.items()
+            yield dataclasses.replace(case, entries=dict([baseline, *others[-2:]]))
+            tried.extend((case.key, entry) for _, entry in (baseline, *others[-2:]))
+
+    def noting(gpu, stem, key):
+        found.append((key, lookup(gpu, stem, key)))
+        return found[-1][1]
+
+    monkeypatch.setattr(_tuned, "lookup", noting)
+    monkeypatch.setattr(tune, "_makers", lambda: {stem: few})
+    document = tuned(capsys, "test_vit", "--batch-sizes", "1", "--dtype", "float16")
+    assert len(document["rows"]) == {"linear": 6, "attention": 2, "patch_embed": 6}[stem]
+    for row in document["rows"]:
+        assert row["refused"] == row["broken"] == {}
+        assert row["key"].split("/")[1] == "float16"
+        assert len(row["us"]) == 3
+    assert set(table(tmp_path)[stem]) == {row["key"] for row in document["rows"]}
+    assert all(pair in found for pair in tried)
+
+
 def test_a_model_with_the_tanh_form_of_gelu_tunes_cublas_own_epilogue_too(clock, capsys, monkeypatch):
     monkeypatch.setattr(tune, "_makers", lambda: {"linear": MAKERS()["linear"]})
     monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(10, 64, 1, 128, "gelu_tanh", patch=0, image=160))
@@ -445,7 +512,7 @@ def test_the_shape_of_a_model_names_its_activation():
 
 def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypatch):
     monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, "gelu", patch=0, image=160))
-    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"attention", "linear"}
+    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16)} == {"attention", "linear"}
 
 
 @pytest.mark.slow
@@ -464,11 +531,11 @@ def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
 
 
 COMPILING = """
-import time
+import torch
 from vitkernels.cli import tune
 
 if __name__ == "__main__":
-    cases = [case for case in tune._cases(["test_vit"], [2], "sm_80") if case.kind == "act"]
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_80", torch.bfloat16) if case.kind == "act"]
     kept = list(cases[0].entries)[:3]
     for case in cases:
         for name in set(case.entries) - set(kept):

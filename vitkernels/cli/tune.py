@@ -1,4 +1,4 @@
-"""``vitkernels tune``: measures which plan and configuration is fastest on this GPU, and writes it into a tuned table."""
+"""``vitkernels tune``: measures which plan and configuration is fastest on this GPU, and writes it into its tuned table."""
 
 import argparse
 import contextlib
@@ -22,22 +22,24 @@ from torch import Tensor
 
 from .. import _env, _select, kernels
 from ..kernels import _tuned
+from ..kernels._device import gpu_of
 from ..kernels._tuning import Case, Problem, Shape
 from . import _environment, _measure, _models
 from ._output import CommandError, console, progress
 from ._workloads import WORKLOADS
 
 BATCHES = (256, 128, 64, 32, 16, 8, 1)
+DTYPES = ("bfloat16", "float16")
 ROUNDS = 20
 _WINS = 0.9  # of the rounds, in which a candidate has to be faster than the baseline: noise is not written down
 _FLUSH_BYTES = 256 * 2**20  # twice the largest L2 (B200: 126 MB)
 _HOLD_CYCLES = 2_000_000  # about 1 ms: the queue waits while the host launches, so that device time has no launch gaps
 
 _DESCRIPTION = """
-Measure, for each operator that has a choice, every candidate at the shapes of the models, in bfloat16: first its result at that
+Measure, for each operator that has a choice, every candidate at the shapes of the models: first its result at that
 very shape, within the error budget beside PyTorch's, then its time, in interleaved rounds. What was faster than the plan
-without an entry (of a linear layer: cuBLAS, then an elementwise pass) in nine of ten rounds is written into the table, after
-each case. Started again, the command measures what the table lacks.
+without an entry (of a linear layer: cuBLAS, then an elementwise pass) in nine of ten rounds is written into the table of
+this GPU's name, after each case. Started again, the command measures what the table lacks.
 """
 
 Sampler = Callable[[Callable[[], object]], float]  # seconds of one call
@@ -55,8 +57,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=names)
     batches = f"images, comma-separated (default: {','.join(map(str, BATCHES))}; of a workload at most what fills a GPU)"
     parser.add_argument("--batch-sizes", type=_models.listed(_models.positive), metavar="A,B", help=batches)
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the products (default: %(default)s)")
     parser.add_argument("--device", help="cuda, cuda:1 (default: the GPU)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the table (default: this user's)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the table (default: this user's of the GPU's name)")
     parser.add_argument("--force", action="store_true", help="also measure what the table has")
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="begin nothing after this time")
     return parser
@@ -76,9 +79,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every case. A wrong result, or a case that cannot be decided, is named under ``errors``."""
     deadline = time.monotonic() + (args.budget or float("inf"))
     device, arch = _gpu(args.device)
-    path = args.output or _env.tuned_dir() / f"{arch}.json"
+    gpu = gpu_of(torch.empty(0, device=device), arch)
+    path = args.output or _env.tuned_dir() / _tuned.file_name(gpu)
     known = _known(path)
-    cases = _cases(args.models, args.batch_sizes, arch)
+    cases = _cases(args.models, args.batch_sizes, arch, getattr(torch, args.dtype))
     todo = [case for case in cases if args.force or case.key not in known.get(case.stem, {})]
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             except _Failed as failure:
                 errors.append(f"{case.stem} {case.title}: {failure}")
             bar.advance(task)
-    environment = {**_environment.environment(), "device": str(device), "arch": arch}
+    environment = {**_environment.environment(), "device": str(device), "arch": arch, "gpu": gpu, "dtype": args.dtype}
     counts = {"kept": len(cases) - len(todo), "left": left}
     return {"environment": environment, "table": str(path), "rows": rows, **counts, **({"errors": errors} if errors else {})}
 
@@ -153,21 +157,22 @@ def _write(path: Path, case: Case, entry: dict[str, Any]) -> None:
 # What is measured.
 
 
-def _makers() -> dict[str, Callable[[Shape, int, str], Iterator[Case]]]:
+def _makers() -> dict[str, Callable[[Shape, int, str, torch.dtype], Iterator[Case]]]:
     """``cases`` of each stem that can be tuned: of every ``kernels/_tuning_<stem>.py``."""
     prefix = "_tuning_"
     names = sorted(file.stem for file in Path(kernels.__file__).parent.glob(f"{prefix}*.py"))
     return {name.removeprefix(prefix): importlib.import_module(f"{kernels.__name__}.{name}").cases for name in names}
 
 
-def _cases(models: list[str], batches: list[int] | None, arch: str) -> list[Case]:
+def _cases(models: list[str], batches: list[int] | None, arch: str, dtype: torch.dtype) -> list[Case]:
     """Each key once, at the most rows that share it. By stem and kind of case, large ones first: they compile the same code,
     and an interrupted run has measured what matters most."""
     if models:
         shapes = [(_shape(name), batches or BATCHES) for name in dict.fromkeys(map(_models.check_name, models))]
     else:
         shapes = [(w, batches or [b for b in BATCHES if b <= w.infer_batch]) for w in WORKLOADS]
-    made = [[list(cases(shape, batch, arch)) for shape, several in shapes for batch in several] for cases in _makers().values()]
+    makers = _makers().values()
+    made = [[list(cases(shape, b, arch, dtype)) for shape, several in shapes for b in several] for cases in makers]
     found: dict[tuple[str, str], Case] = {}
     for stem in made:
         for same_kind in itertools.zip_longest(*stem):
@@ -399,9 +404,9 @@ def show(document: dict[str, Any]) -> None:
     """Print what was decided, and where it stands."""
     from rich.table import Table
 
-    out, rows = console(), document["rows"]
+    out, rows, environment = console(), document["rows"], document["environment"]
     if rows:
-        table = Table(title=f"tuned on {document['environment']['arch']}, bfloat16", title_justify="left")
+        table = Table(title=f"tuned on {environment['gpu']}, {environment['dtype']}", title_justify="left")
         for column in ("operator", "case", "runs", "us", "us of baseline", "fastest / baseline"):
             table.add_column(column, justify="right" if "us" in column or "/" in column else "left", no_wrap=True)
         for row in rows:
