@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -393,10 +394,46 @@ def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_
     by_key = {case.key: case for case in cases}
     assert by_key["act/bfloat16/3072/768/65536"].rows == 256 * 197
     assert by_key["act/bfloat16/4304/1152/16384"].rows == 64 * 256
-    kinds = [case.kind for case in cases]
+    kinds = [case.kind for case in cases[6:]]
     assert kinds == sorted(kinds, key=["act", "residual", "plain", "norm_act", "norm"].index)
     rows = [case.rows for case in cases if case.kind == "act"]
     assert rows == sorted(rows, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("models", "batches"), [([], None), (["test_vit", "vit_base_patch16_224"], [1, 256])])
+def test_the_gemms_of_b16_at_256_images_come_first_then_linear_attention_and_patches(models, batches, dtype):
+    cases = tune._cases(models, batches, "sm_90", dtype)
+    first = [case.key for case in tune.b16_gemms("sm_90", dtype)]
+    name = str(dtype).removeprefix("torch.")
+    assert first == [
+        f"act/{name}/3072/768/65536",
+        f"residual/{name}/768/3072/65536",
+        f"residual/{name}/768/768/65536",
+        f"plain/{name}/2304/768/65536",
+        f"norm_act/{name}/3072/768/65536",
+        f"norm/{name}/2304/768/65536",
+    ]
+    assert [case.key for case in cases[:6]] == first
+    assert {case.rows for case in cases[:6]} == {256 * 197}
+    stems = [case.stem for case in cases]
+    assert stems == sorted(stems, key=["linear", "attention", "patch_embed"].index)
+    assert {case.key.split("/")[1] for case in cases} == {name}
+    kinds = [(case.stem, case.kind) for case in cases[6:]]
+    assert len(list(itertools.groupby(kinds))) == len(set(kinds)), "cases of one kind are neighbours"
+
+
+def test_another_stem_comes_last(monkeypatch):
+    monkeypatch.setattr(tune, "_makers", lambda: {"a_toy": toy(), **MAKERS()})
+    stems = [case.stem for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16)]
+    assert list(dict.fromkeys(stems)) == ["linear", "attention", "patch_embed", "toy"]
+
+
+def test_both_forms_of_gelu_are_measured_one_after_the_other():
+    models = ["vit_base_patch32_siglip_256", "vit_base_patch16_224"]
+    cases = tune._cases(models, [256, 64], "sm_90", torch.bfloat16)
+    kinds = [case.kind for case in cases if case.kind in ("act", "gelu_tanh")]
+    assert kinds == ["act"] * 2 + ["gelu_tanh"] * 2
 
 
 def test_gradients_of_patches_are_finite_in_float16_at_a_large_batch():
@@ -520,7 +557,7 @@ def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypa
 def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
     path = tmp_path / "table.json"
     document = tuned(capsys, "test_vit", "--output", str(path))
-    assert [row["stem"] for row in document["rows"]] == ["attention"] * 2 + ["linear"] * 6 + ["patch_embed"] * 6
+    assert [row["stem"] for row in document["rows"]] == ["linear"] * 6 + ["attention"] * 2 + ["patch_embed"] * 6
     for row in document["rows"]:
         assert row["refused"] == {}
         assert all(us > 0 for us in row["us"].values())
