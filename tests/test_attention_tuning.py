@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_tune import MAKERS, Clock, tuned
 
-from vitkernels.cli import tune
+from vitkernels.cli import _tuning, tune
 from vitkernels.kernels import _attention_configs, _recorder, _tuned, _tuning_attention, attention, attention_backward
 from vitkernels.kernels._attention_configs import BackwardConfig, ForwardConfig
 from vitkernels.kernels._device import gpu_name
@@ -143,7 +143,7 @@ def test_attention_is_tuned_for_a_model_and_its_launchers_follow(monkeypatch, tm
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_gpu", lambda text: (torch.device("cpu"), "sm_90"))
     monkeypatch.setattr(tune, "_makers", lambda: {"attention": few})
-    monkeypatch.setattr(tune, "_sampler", lambda device: Clock(monkeypatch, {"64": 0.5, "None": 0.5}))
+    monkeypatch.setattr(_tuning, "_sampler", lambda device: Clock(monkeypatch, {"64": 0.5, "None": 0.5}))
     _tuned.forget()
     document = tuned(capsys, "test_vit", "--batch-sizes", "1")
     assert document["rows"][0]["chosen"] == "streamed 128x64 w8 s3"

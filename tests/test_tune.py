@@ -1,5 +1,6 @@
 """``vitkernels tune``: what is written, when, and what never is. A fake clock stands for the GPU's, kernels are interpreted."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -7,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from vitkernels.cli import main, tune
+from vitkernels.cli import _tuning, main, tune
 from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.kernels import _tuned
 from vitkernels.kernels._device import gpu_name
@@ -83,7 +85,7 @@ def clock(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, {"64": 0.5})
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_gpu", lambda text: (torch.device("cpu"), "sm_90"))
-    monkeypatch.setattr(tune, "_sampler", lambda device: clock)
+    monkeypatch.setattr(_tuning, "_sampler", lambda device: clock)
     monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy()})
     monkeypatch.setattr(tune, "WORKLOADS", WORKLOADS[:1])
     _tuned.forget()
@@ -145,15 +147,15 @@ def test_where_nothing_is_faster_the_table_says_cublas_and_by_how_much(clock, ca
 @pytest.mark.parametrize(("won", "chosen"), [(20, "fast"), (18, "fast"), (17, "cublas"), (0, "cublas")])
 def test_a_candidate_must_win_nine_rounds_in_ten(won, chosen):
     times = {"cublas": [1.0] * 20, "fast": [0.5] * won + [1.5] * (20 - won)}
-    assert tune.decide(times, "cublas") == (chosen, "fast")
-    assert tune.decide({"cublas": [1.0]}, "cublas") == ("cublas", None)
+    assert _tuning.decide(times, "cublas") == (chosen, "fast")
+    assert _tuning.decide({"cublas": [1.0]}, "cublas") == ("cublas", None)
 
 
 def test_rounds_are_interleaved(clock, capsys):
     order = []
     steps = {name: (lambda name=name: order.append(name)) for name in ENTRIES}
-    times = tune._times(steps, lambda step: step() or 1.0)
-    assert {len(seconds) for seconds in times.values()} == {tune.ROUNDS}
+    times = _tuning._times(steps, lambda step: step() or 1.0)
+    assert {len(seconds) for seconds in times.values()} == {_tuning.ROUNDS}
     rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # after one call of each that counts for nothing
     assert all(sorted(names) == sorted(ENTRIES) for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1, "the order rotates"
@@ -197,6 +199,88 @@ def test_a_table_of_format_1_stays_as_it_is(clock, capsys, tmp_path, caplog):
     assert (tmp_path / "tuned" / "sm_90.json").read_text() == (tmp_path / "away.json").read_text() == old
 
 
+# For others: one case after the other.
+
+
+def toy_cases():
+    return list(toy()(None, 100, "sm_90", torch.bfloat16))
+
+
+def test_each_row_is_in_the_table_when_it_comes_and_who_stops_keeps_it(clock, tmp_path):
+    path = tmp_path / "tuned" / TABLE
+    results = _tuning.measure(toy_cases(), torch.device("cpu"), "sm_90", path)
+    assert not path.exists()
+    first = next(results)
+    assert not torch.is_inference_mode_enabled()
+    assert (first.case.key, first.row["chosen"], first.errors) == ("large/1024", "block 64", ())
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+    assert table(tmp_path)["toy"]["large/1024"] == first.row["entry"]
+    results.close()
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+
+
+def test_what_is_wrong_comes_with_its_case(clock, tmp_path):
+    cases = list(toy(wrong=lambda x: x * x * 1.001)(None, 100, "sm_90", torch.bfloat16))
+    cases[1] = dataclasses.replace(cases[1], entries={"broken": {"plan": "triton", "block": "wrong"}})
+    first, second = _tuning.measure(cases, torch.device("cpu"), "sm_90", tmp_path / "tuned" / TABLE)
+    assert first.row["chosen"] == "block 64"
+    assert [error.partition(": relative")[0] for error in first.errors] == ["toy large: wrong is wrong"]
+    assert second.row is None
+    assert second.errors[0].startswith("toy small: broken, which runs without an entry, fails")
+
+
+def test_after_the_deadline_nothing_is_measured(clock, tmp_path):
+    past = _tuning.time.monotonic() - 1
+    assert list(_tuning.measure(toy_cases(), torch.device("cpu"), "sm_90", tmp_path / TABLE, past)) == []
+    assert list(_tuning.measure([], torch.device("cpu"), "sm_90", tmp_path / TABLE, compile_all=True)) == []
+    assert (clock.calls, (tmp_path / TABLE).exists()) == (0, False)
+
+
+class Gpu:
+    """A CPU that says it is a GPU: what is measured there is compiled before."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize("compile_all", [False, True])
+def test_candidates_are_compiled_before_their_kind_or_all_at_once(clock, tmp_path, monkeypatch, compile_all):
+    made, order = tune.b16_gemms("sm_90", torch.bfloat16), []
+    monkeypatch.setattr(_tuning, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_tuning, "_compile", lambda cases, *_: order.append([case.title for case in cases]))
+    monkeypatch.setattr(_tuning, "_measured", lambda case, *_: order.append(case.title))
+    list(_tuning.measure(made, Gpu(), "sm_90", tmp_path / TABLE, compile_all=compile_all))
+    titles = [case.title for case in made]
+    pairs = [[titles[0]], titles[1:3], *([title] for title in titles[3:])]  # fc2 and proj are of one kind
+    expected = [titles, *titles] if compile_all else [item for same in pairs for item in (same, *same)]
+    assert order == expected
+
+
+def test_one_pool_compiles_each_candidate_of_each_kind(monkeypatch):
+    pools, tasks = [], []
+    monkeypatch.setattr(_tuning, "ProcessPoolExecutor", lambda n, _: pools.append(n) or ThreadPoolExecutor(1))
+    monkeypatch.setattr(_tuning, "_compile_candidate", lambda *task: tasks.append(task))
+    monkeypatch.setattr(_tuning.os, "cpu_count", lambda: 3)
+    cases = tune.b16_gemms("sm_90", torch.float16)
+    _tuning._compile(cases, "sm_90", float("inf"))
+    assert pools == [3]
+    assert sorted((case.title, name) for same, name, _ in tasks for case in same) == sorted(
+        (case.title, name) for case in cases for name in case.entries
+    )
+    assert {len({case.kind for case in same}) for same, _, _ in tasks} == {1}
+    assert {arch for _, _, arch in tasks} == {"sm_90"}
+
+
+def test_what_is_not_compiled_at_the_deadline_is_left(monkeypatch):
+    tasks = []
+    monkeypatch.setattr(_tuning, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(_tuning, "_compile_candidate", lambda *task: tasks.append(task) or _tuning.time.sleep(0.2))
+    cases = tune.b16_gemms("sm_90", torch.float16)
+    _tuning._compile(cases, "sm_90", _tuning.time.monotonic() + 0.3)
+    assert 1 <= len(tasks) <= 3
+    with pytest.raises(_tuning._OutOfTime):
+        _tuning._compile(cases, "sm_90", _tuning.time.monotonic() - 1)
+
+
 # Resuming.
 
 
@@ -214,7 +298,7 @@ def test_entries_that_are_there_are_kept_unless_forced(clock, capsys, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_measured(clock, capsys, tmp_path):
-    clock.interrupt_at = (tune.ROUNDS + 1) * len(ENTRIES) + 5  # within the second case
+    clock.interrupt_at = (_tuning.ROUNDS + 1) * len(ENTRIES) + 5  # within the second case
     assert main(["tune", "--batch-sizes", "100"]) == 130
     assert list(table(tmp_path)["toy"]) == ["large/1024"]
     clock.interrupt_at = None
@@ -224,13 +308,13 @@ def test_an_interrupted_run_keeps_what_it_measured(clock, capsys, tmp_path):
 
 def test_a_budget_that_is_spent_leaves_the_rest_for_the_next_run(clock, capsys, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_tuning.time, "monotonic", lambda: now[0])
 
     def first_case_takes_a_minute(*arguments):
         now[0] += 60
-        return {name: [1.0] * tune.ROUNDS for name in arguments[0]}
+        return {name: [1.0] * _tuning.ROUNDS for name in arguments[0]}
 
-    monkeypatch.setattr(tune, "_times", first_case_takes_a_minute)
+    monkeypatch.setattr(_tuning, "_times", first_case_takes_a_minute)
     document = tuned(capsys, "--budget", "30")
     assert ([row["key"] for row in document["rows"]], document["left"]) == (["large/1024"], 1)
     assert list(table(tmp_path)["toy"]) == ["large/1024"]
@@ -569,7 +653,7 @@ def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
 
 COMPILING = """
 import torch
-from vitkernels.cli import tune
+from vitkernels.cli import _tuning, tune
 
 if __name__ == "__main__":
     cases = [case for case in tune._cases(["test_vit"], [2], "sm_80", torch.bfloat16) if case.kind == "act"]
@@ -577,12 +661,12 @@ if __name__ == "__main__":
     for case in cases:
         for name in set(case.entries) - set(kept):
             del case.entries[name]
-    tune._compile(cases, "sm_80", float("inf"))
+    _tuning._compile(cases, "sm_80", float("inf"))
     import triton
     compiled = []
     triton.compiler.compiler.ASTSource.make_ir = lambda *args: compiled.append(args)
     for name in kept:
-        tune._compile_candidate(cases, name, "sm_80")
+        _tuning._compile_candidate(cases, name, "sm_80")
     print("compiled again:", len(compiled))
 """
 
