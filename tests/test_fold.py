@@ -149,11 +149,11 @@ def test_a_measured_entry_decides_whether_to_fold(user_table):  # noqa: F811
     assert launches("sm_90", act="gelu") == unfolded
     assert launches("sm_90") == unfolded[:1]
     config = linear.config_entry(linear.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3))
-    user_table("sm_90", {_tuned.gemm_key("norm_act", 128, 64, 300): config})
+    user_table("sm_90", {_tuned.gemm_key("norm_act", torch.bfloat16, 128, 64, 300): config})
     assert launches("sm_90", act="gelu") == ["_row_statistics_kernel", "_linear_pointer_kernel"]
     assert launches("sm_90") == unfolded[:1]
     assert launches("sm_90", act="gelu", plan="cublas") == unfolded
-    user_table("sm_90", {_tuned.gemm_key("act", 128, 64, 300): config})
+    user_table("sm_90", {_tuned.gemm_key("act", torch.bfloat16, 128, 64, 300): config})
     assert launches("sm_90", act="gelu") == ["_layer_norm_fwd_kernel", "_linear_pointer_kernel"]
     assert launches("sm_90", plan="triton") == ["_row_statistics_kernel", "_linear_descriptor_kernel"]
 
@@ -161,8 +161,8 @@ def test_a_measured_entry_decides_whether_to_fold(user_table):  # noqa: F811
 def test_tune_measures_the_folded_gemms():
     from vitkernels.cli import tune
 
-    keys = {case.key for case in tune._cases(["vit_base_patch16_224"], [256], "sm_90")}
-    assert {"norm_act/3072/768/65536", "norm/2304/768/65536"} <= keys
+    keys = {case.key for case in tune._cases(["vit_base_patch16_224"], [256], "sm_90", torch.bfloat16)}
+    assert {"norm_act/bfloat16/3072/768/65536", "norm/bfloat16/2304/768/65536"} <= keys
 
 
 # The model.
@@ -568,7 +568,7 @@ def counted_with_flops(plan, layer_scale=False, inference=True, **arguments):
 
 def test_cublas_own_activation_saves_its_pass_and_multiplies_as_much(no_interpreter, monkeypatch, user_table):  # noqa: F811
     monkeypatch.setattr(vk._env, "ADDMM_COPIES", False)  # as in PyTorch 2.15
-    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", 3072, 768, 64 * 197): {"plan": "cublaslt"}})
+    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", torch.bfloat16, 3072, 768, 64 * 197): {"plan": "cublaslt"}})
     apart, saved, trained = (
         counted_with_flops(plan, inference=inference, act_layer="gelu_tanh")
         for plan, inference in (("cublas", True), (None, True), (None, False))

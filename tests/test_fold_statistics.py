@@ -49,7 +49,7 @@ def layer(rows, N, K, residual):
 def with_statistics(config, x, weight, bias, scale, residual):
     """y, mean and rstd under a table that has only ``config``."""
     entry = {"plan": "cublas"} if config is None else linear.config_entry(config)
-    key = _tuned.gemm_key("residual", *weight.shape, x.shape[0])
+    key = _tuned.gemm_key("residual", x.dtype, *weight.shape, x.shape[0])
     with _tuned.trying("linear", key, entry):
         return torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, scale, residual, EPS, "auto", "sm_90")
 
@@ -338,7 +338,8 @@ def test_a_compiled_graph_folds_what_a_table_has_for_any_number_of_rows(no_inter
         _, found = compiled_operators(model.blocks, STREAM)
         assert found == compiled_operators(vk.fuse(copy.deepcopy(model)).blocks, STREAM)[1]
         assert found.count("mlp_fwd") == 1
-        user_table("sm_90", {_tuned.gemm_key(kind, N, 48, 64): config for kind, N in (("norm", 144), ("norm_act", 192))})
+        shapes = (("norm", 144), ("norm_act", 192))
+        user_table("sm_90", {_tuned.gemm_key(kind, STREAM.dtype, N, 48, 64): config for kind, N in shapes})
         names = ["folded_linear_fwd", "attention_fwd", "linear_statistics_fwd", "folded_linear_fwd", "linear_fwd"]
         assert compiled_operators(model.blocks, STREAM)[1] == names
 

@@ -18,6 +18,7 @@ import vitkernels as vk
 from vitkernels import _env, _select
 from vitkernels.kernels import _tuned, linear_bwd
 from vitkernels.kernels import linear as kernels
+from vitkernels.kernels._device import gpu_of
 from vitkernels.ops.linear import gemm_plan, why_not
 
 pytestmark = KERNEL_TESTS
@@ -319,14 +320,14 @@ def test_a_linear_with_a_norm_saves_its_input_and_row_statistics_only():
 
 @pytest.fixture
 def user_table(tmp_path, monkeypatch):
-    """Writes the user's tuned table of an architecture."""
+    """Writes the user's tuned table of the chip that stands for an architecture, or of the GPU that ``like`` is on."""
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     _tuned.forget()
 
-    def write(arch, content):
+    def write(arch, content, like=torch.empty(0, device="meta")):  # noqa: B008
         (tmp_path / "tuned").mkdir(exist_ok=True)
         text = content if isinstance(content, str) else json.dumps({"format": _tuned.FORMAT, "linear": content})
-        (tmp_path / "tuned" / f"{arch}.json").write_text(text)
+        (tmp_path / "tuned" / _tuned.file_name(gpu_of(like, arch))).write_text(text)
         _tuned.forget()
 
     yield write
@@ -353,8 +354,8 @@ def test_without_an_entry_cublas_and_the_elementwise_kernel_run(user_table):
 
 
 def test_an_entry_of_the_users_table_decides(user_table):
-    key = _tuned.gemm_key("act", 128, 64, 300)
-    assert key == "act/128/64/512"
+    key = _tuned.gemm_key("act", torch.bfloat16, 128, 64, 300)
+    assert key == "act/bfloat16/128/64/512"
     config = kernels.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
     user_table("sm_90", {key: kernels.config_entry(config)})
     assert launched("sm_90") == ["_linear_pointer_kernel"]
@@ -363,7 +364,7 @@ def test_an_entry_of_the_users_table_decides(user_table):
     assert launched("sm_90", plan="cublas") == ["_linear_epilogue_kernel"]
     assert launched("sm_100") == ["_linear_epilogue_kernel"]
     assert launched("sm_90", act=None) == []
-    assert launched("sm_90", dtype=torch.float32) == ["_linear_epilogue_kernel"]
+    assert launched("sm_90", dtype=torch.float16) == launched("sm_90", dtype=torch.float32) == ["_linear_epilogue_kernel"]
     user_table("sm_90", {key: {"plan": "cublas"}})
     assert launched("sm_90") == ["_linear_epilogue_kernel"]
 
@@ -385,7 +386,7 @@ def operators(call):
     return found
 
 
-TANH = {_tuned.gemm_key("gelu_tanh", 128, 64, 300): {"plan": "cublaslt"}}
+TANH = {_tuned.gemm_key("gelu_tanh", torch.bfloat16, 128, 64, 300): {"plan": "cublaslt"}}
 
 
 def on_gpu(act="gelu_tanh", plan="inference", bias=True, layer_scale=False, dtype=torch.bfloat16):
@@ -406,7 +407,7 @@ def test_cublas_applies_the_tanh_form_of_gelu_for_inference_where_a_table_says_s
 
 
 def test_the_tanh_form_of_gelu_without_an_entry_takes_that_of_other_activations(user_table):
-    act = {_tuned.gemm_key("act", 128, 64, 300): kernels.config_entry(kernels._DESCRIPTOR)}
+    act = {_tuned.gemm_key("act", torch.bfloat16, 128, 64, 300): kernels.config_entry(kernels._DESCRIPTOR)}
     user_table("sm_90", act)
     assert on_gpu() == ["_linear_descriptor_kernel"]
     user_table("sm_90", act | TANH)
@@ -437,7 +438,7 @@ def test_an_entry_for_cublas_own_epilogue_changes_nothing_on_a_cpu(user_table):
 def test_a_table_that_cannot_be_read_is_ignored_with_a_warning(user_table, content, caplog):
     user_table("sm_90", content)
     assert launched("sm_90") == ["_linear_epilogue_kernel"]
-    assert "sm_90.json is ignored" in caplog.text
+    assert "nvidia_h100_80gb_hbm3.json is ignored" in caplog.text
 
 
 def test_the_users_table_lies_in_the_users_cache(monkeypatch, tmp_path):

@@ -259,7 +259,8 @@ def test_biases_stay_apart_where_that_does_not_pay_and_results_are_within_budget
     if why.endswith("entry"):
         kind, N, K = ("residual", 48, 56) if why.startswith("residual") else ("act", 56, 48)
         config = linear_kernels.GemmConfig("pointer", 64, 64, 32, num_warps=4, num_stages=3)
-        user_table("sm_90", {_tuned.gemm_key(kind, N, K, 2 * rows): linear_kernels.config_entry(config)})
+        key = _tuned.gemm_key(kind, dtype, N, K, 2 * rows)
+        user_table("sm_90", {key: linear_kernels.config_entry(config)}, like=inputs[0])
         monkeypatch.setitem(VARIANTS, "cublas", ("auto", "sm_90"))
     assert_matches_reference(second_half("ours"), second_half("reference"), inputs, dy)
     assert products == []
@@ -277,7 +278,7 @@ def test_biases_stay_apart_where_cublas_applies_the_activation(products, user_ta
 
     assert operators(forward) == ["_layer_norm_fwd_kernel", "addmm", "_linear_epilogue_kernel", "addmm"]
     assert products == [2]
-    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", 56, 48, 74): {"plan": "cublaslt"}})
+    user_table("sm_90", {_tuned.gemm_key("gelu_tanh", torch.bfloat16, 56, 48, 74): {"plan": "cublaslt"}})
     assert operators(forward) == ["_layer_norm_fwd_kernel", "_addmm_activation", "addmm", "_linear_epilogue_kernel"]
     assert products == [2]
 

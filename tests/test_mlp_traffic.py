@@ -101,11 +101,11 @@ def test_flops_do_not_depend_on_the_plan():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_the_shipped_table_selects_cublas_until_a_chip_was_measured(arch, monkeypatch, tmp_path):
     """No entry is invented: this fails, and is to be rewritten, with the first table that ships."""
-    from vitkernels.kernels import _tuned
+    from vitkernels.kernels import _device, _tuned
 
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     _tuned.forget()
-    assert not _tuned.read(_tuned._SHIPPED / f"{arch}.json")
+    assert not _tuned.read(_tuned._SHIPPED / _tuned.file_name(_device.gpu_name(-1, arch)))
     assert units(counted("auto").forward) == pytest.approx(
         sum(FORWARD["cublas", False]) + STATISTICS + ATTENTION + EXTRA["cublas"]
     )

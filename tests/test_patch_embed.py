@@ -263,8 +263,9 @@ def test_without_a_table_16_bit_takes_the_kernel_and_true_float32_cublas(monkeyp
     monkeypatch.setattr(kernels, "_cublas_fwd", lambda *a: launched.append("cublas"))
     for dtype in (torch.bfloat16, torch.float32):
         under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, dtype))
-    entry = {"plan": "cublas"}
-    monkeypatch.setattr("vitkernels.kernels._tuned.lookup", lambda arch, stem, key: entry if key == "fwd/32/768/64" else None)
+    table = {"fwd/bfloat16/32/768/64": {"plan": "cublas"}}
+    monkeypatch.setattr("vitkernels.kernels._tuned.lookup", lambda gpu, stem, key: table.get(key))
+    under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.float16))  # has no entry
     under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.bfloat16))
     if torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.is_available():
         assert launched == ["cublas"]  # of the table: TF32 has tensor cores

@@ -1,22 +1,29 @@
 """``vitkernels tune``: what is written, when, and what never is. A fake clock stands for the GPU's, kernels are interpreted."""
 
+import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from vitkernels.cli import main, tune
+from vitkernels.cli import _tuning, main, tune
 from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.kernels import _tuned
+from vitkernels.kernels._device import gpu_name
 from vitkernels.kernels._tuning import Case, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("large", "small")
+H100 = gpu_name(-1, "sm_90")  # which stands for its architecture
+TABLE = "nvidia_h100_80gb_hbm3.json"
 MAKERS = tune._makers
 ENTRIES = {
     "cublas": {"plan": "cublas"},
@@ -33,12 +40,12 @@ def toy(**candidates):
         x = torch.randn(1000)
 
         def run():
-            entry = _tuned.lookup("sm_90", "toy", key)
+            entry = _tuned.lookup(H100, "toy", key)
             return candidates.get(entry.get("block"), torch.square)(x)
 
         return Problem(run, lambda: x * x, lambda: x.double() * x.double())
 
-    def cases(shape, batch, arch):
+    def cases(shape, batch, arch, dtype):
         for key in KEYS:
             rows = batch * (10 if key == "large" else 1)
             full = f"{key}/{_tuned.bucket(rows)}"
@@ -78,7 +85,7 @@ def clock(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, {"64": 0.5})
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_gpu", lambda text: (torch.device("cpu"), "sm_90"))
-    monkeypatch.setattr(tune, "_sampler", lambda device: clock)
+    monkeypatch.setattr(_tuning, "_sampler", lambda device: clock)
     monkeypatch.setattr(tune, "_makers", lambda: {"toy": toy()})
     monkeypatch.setattr(tune, "WORKLOADS", WORKLOADS[:1])
     _tuned.forget()
@@ -93,7 +100,7 @@ def tuned(capsys, *arguments, code=0):
 
 
 def table(path):
-    return json.loads((path / "tuned" / "sm_90.json").read_text())
+    return json.loads((path / "tuned" / TABLE).read_text())
 
 
 # Where there is nothing to measure on.
@@ -116,16 +123,16 @@ def test_the_faster_candidate_is_written_and_found_by_the_launcher(clock, capsys
     document = tuned(capsys)
     assert [(row["key"], row["chosen"]) for row in document["rows"]] == [("large/1024", "block 64"), ("small/128", "block 64")]
     assert (document["kept"], document["left"]) == (0, 0)
-    assert document["table"] == str(tmp_path / "tuned" / "sm_90.json")
-    entry = _tuned.lookup("sm_90", "toy", "large/1024")
+    assert document["table"] == str(tmp_path / "tuned" / TABLE)
+    entry = _tuned.lookup(H100, "toy", "large/1024")
     assert entry["plan"] == "triton"
     assert entry["block"] == 64
     assert entry == table(tmp_path)["toy"]["large/1024"]
     measured = entry["measured"]
     assert (measured["rows"], measured["us"], measured["baseline_us"]) == (1000, 500.0, 1000.0)
     assert measured["torch"] == torch.__version__
-    assert _tuned.lookup("sm_90", "toy", "large/2048") is None
-    assert _tuned.lookup("sm_80", "toy", "large/1024") is None
+    assert _tuned.lookup(H100, "toy", "large/2048") is None
+    assert _tuned.lookup(gpu_name(-1, "sm_80"), "toy", "large/1024") is None
 
 
 def test_where_nothing_is_faster_the_table_says_cublas_and_by_how_much(clock, capsys, tmp_path):
@@ -140,15 +147,15 @@ def test_where_nothing_is_faster_the_table_says_cublas_and_by_how_much(clock, ca
 @pytest.mark.parametrize(("won", "chosen"), [(20, "fast"), (18, "fast"), (17, "cublas"), (0, "cublas")])
 def test_a_candidate_must_win_nine_rounds_in_ten(won, chosen):
     times = {"cublas": [1.0] * 20, "fast": [0.5] * won + [1.5] * (20 - won)}
-    assert tune.decide(times, "cublas") == (chosen, "fast")
-    assert tune.decide({"cublas": [1.0]}, "cublas") == ("cublas", None)
+    assert _tuning.decide(times, "cublas") == (chosen, "fast")
+    assert _tuning.decide({"cublas": [1.0]}, "cublas") == ("cublas", None)
 
 
 def test_rounds_are_interleaved(clock, capsys):
     order = []
     steps = {name: (lambda name=name: order.append(name)) for name in ENTRIES}
-    times = tune._times(steps, lambda step: step() or 1.0)
-    assert {len(seconds) for seconds in times.values()} == {tune.ROUNDS}
+    times = _tuning._times(steps, lambda step: step() or 1.0)
+    assert {len(seconds) for seconds in times.values()} == {_tuning.ROUNDS}
     rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # after one call of each that counts for nothing
     assert all(sorted(names) == sorted(ENTRIES) for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1, "the order rotates"
@@ -157,13 +164,121 @@ def test_rounds_are_interleaved(clock, capsys):
 def test_output_names_another_table_and_the_users_comes_first(clock, capsys, tmp_path, monkeypatch):
     shipped = tmp_path / "shipped"
     monkeypatch.setattr(_tuned, "_SHIPPED", shipped)
-    tuned(capsys, "--output", str(shipped / "sm_90.json"))
+    tuned(capsys, "--output", str(shipped / TABLE))
     assert not (tmp_path / "tuned").exists()
-    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 64
+    assert _tuned.lookup(H100, "toy", "large/1024")["block"] == 64
     clock.milliseconds = {"128": 0.25}
     tuned(capsys)
-    assert _tuned.lookup("sm_90", "toy", "large/1024")["block"] == 128
-    assert json.loads((shipped / "sm_90.json").read_text())["toy"]["large/1024"]["block"] == 64
+    assert _tuned.lookup(H100, "toy", "large/1024")["block"] == 128
+    assert json.loads((shipped / TABLE).read_text())["toy"]["large/1024"]["block"] == 64
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_the_dtype_goes_down_to_the_cases_and_is_told(clock, capsys, monkeypatch, arguments, dtype):
+    seen, cases = [], toy()
+    monkeypatch.setattr(tune, "_makers", lambda: {"toy": lambda *args: seen.append(args[2:]) or cases(*args)})
+    environment = tuned(capsys, *arguments)["environment"]
+    assert set(seen) == {("sm_90", getattr(torch, dtype))}
+    assert (environment["gpu"], environment["dtype"]) == (H100, dtype)
+    assert main(["tune", "--batch-sizes", "100", "--force", *arguments]) == 0
+    assert f"tuned on {H100}, {dtype}" in capsys.readouterr().out
+
+
+def test_a_table_of_format_1_stays_as_it_is(clock, capsys, tmp_path, caplog):
+    old = json.dumps({"format": 1, "toy": {"large/1024": {"plan": "cublas"}}})
+    (tmp_path / "tuned").mkdir()
+    for name in (TABLE, "sm_90.json"):
+        (tmp_path / "tuned" / name).write_text(old)
+    assert main(["tune", "--batch-sizes", "100"]) == 2
+    assert f"{TABLE} exists and is no table of format 2: move it away" in capsys.readouterr().err
+    assert clock.calls == 0
+    (tmp_path / "tuned" / TABLE).rename(tmp_path / "away.json")
+    document = tuned(capsys)
+    assert [row["chosen"] for row in document["rows"]] == ["block 64"] * 2
+    assert table(tmp_path)["format"] == 2
+    assert (tmp_path / "tuned" / "sm_90.json").read_text() == (tmp_path / "away.json").read_text() == old
+
+
+# For others: one case after the other.
+
+
+def toy_cases():
+    return list(toy()(None, 100, "sm_90", torch.bfloat16))
+
+
+def test_each_row_is_in_the_table_when_it_comes_and_who_stops_keeps_it(clock, tmp_path):
+    path = tmp_path / "tuned" / TABLE
+    results = _tuning.measure(toy_cases(), torch.device("cpu"), "sm_90", path)
+    assert not path.exists()
+    first = next(results)
+    assert not torch.is_inference_mode_enabled()
+    assert (first.case.key, first.row["chosen"], first.errors) == ("large/1024", "block 64", ())
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+    assert table(tmp_path)["toy"]["large/1024"] == first.row["entry"]
+    results.close()
+    assert list(table(tmp_path)["toy"]) == ["large/1024"]
+
+
+def test_what_is_wrong_comes_with_its_case(clock, tmp_path):
+    cases = list(toy(wrong=lambda x: x * x * 1.001)(None, 100, "sm_90", torch.bfloat16))
+    cases[1] = dataclasses.replace(cases[1], entries={"broken": {"plan": "triton", "block": "wrong"}})
+    first, second = _tuning.measure(cases, torch.device("cpu"), "sm_90", tmp_path / "tuned" / TABLE)
+    assert first.row["chosen"] == "block 64"
+    assert [error.partition(": relative")[0] for error in first.errors] == ["toy large: wrong is wrong"]
+    assert second.row is None
+    assert second.errors[0].startswith("toy small: broken, which runs without an entry, fails")
+
+
+def test_after_the_deadline_nothing_is_measured(clock, tmp_path):
+    past = _tuning.time.monotonic() - 1
+    assert list(_tuning.measure(toy_cases(), torch.device("cpu"), "sm_90", tmp_path / TABLE, past)) == []
+    assert list(_tuning.measure([], torch.device("cpu"), "sm_90", tmp_path / TABLE, compile_all=True)) == []
+    assert (clock.calls, (tmp_path / TABLE).exists()) == (0, False)
+
+
+class Gpu:
+    """A CPU that says it is a GPU: what is measured there is compiled before."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize("compile_all", [False, True])
+def test_candidates_are_compiled_before_their_kind_or_all_at_once(clock, tmp_path, monkeypatch, compile_all):
+    made, order = tune.b16_gemms("sm_90", torch.bfloat16), []
+    monkeypatch.setattr(_tuning, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_tuning, "_compile", lambda cases, *_: order.append([case.title for case in cases]))
+    monkeypatch.setattr(_tuning, "_measured", lambda case, *_: order.append(case.title))
+    list(_tuning.measure(made, Gpu(), "sm_90", tmp_path / TABLE, compile_all=compile_all))
+    titles = [case.title for case in made]
+    pairs = [[titles[0]], titles[1:3], *([title] for title in titles[3:])]  # fc2 and proj are of one kind
+    expected = [titles, *titles] if compile_all else [item for same in pairs for item in (same, *same)]
+    assert order == expected
+
+
+def test_one_pool_compiles_each_candidate_of_each_kind(monkeypatch):
+    pools, tasks = [], []
+    monkeypatch.setattr(_tuning, "ProcessPoolExecutor", lambda n, _: pools.append(n) or ThreadPoolExecutor(1))
+    monkeypatch.setattr(_tuning, "_compile_candidate", lambda *task: tasks.append(task))
+    monkeypatch.setattr(_tuning.os, "cpu_count", lambda: 3)
+    cases = tune.b16_gemms("sm_90", torch.float16)
+    _tuning._compile(cases, "sm_90", float("inf"))
+    assert pools == [3]
+    assert sorted((case.title, name) for same, name, _ in tasks for case in same) == sorted(
+        (case.title, name) for case in cases for name in case.entries
+    )
+    assert {len({case.kind for case in same}) for same, _, _ in tasks} == {1}
+    assert {arch for _, _, arch in tasks} == {"sm_90"}
+
+
+def test_what_is_not_compiled_at_the_deadline_is_left(monkeypatch):
+    tasks = []
+    monkeypatch.setattr(_tuning, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(_tuning, "_compile_candidate", lambda *task: tasks.append(task) or _tuning.time.sleep(0.2))
+    cases = tune.b16_gemms("sm_90", torch.float16)
+    _tuning._compile(cases, "sm_90", _tuning.time.monotonic() + 0.3)
+    assert 1 <= len(tasks) <= 3
+    with pytest.raises(_tuning._OutOfTime):
+        _tuning._compile(cases, "sm_90", _tuning.time.monotonic() - 1)
 
 
 # Resuming.
@@ -183,7 +298,7 @@ def test_entries_that_are_there_are_kept_unless_forced(clock, capsys, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_it_measured(clock, capsys, tmp_path):
-    clock.interrupt_at = (tune.ROUNDS + 1) * len(ENTRIES) + 5  # within the second case
+    clock.interrupt_at = (_tuning.ROUNDS + 1) * len(ENTRIES) + 5  # within the second case
     assert main(["tune", "--batch-sizes", "100"]) == 130
     assert list(table(tmp_path)["toy"]) == ["large/1024"]
     clock.interrupt_at = None
@@ -193,13 +308,13 @@ def test_an_interrupted_run_keeps_what_it_measured(clock, capsys, tmp_path):
 
 def test_a_budget_that_is_spent_leaves_the_rest_for_the_next_run(clock, capsys, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_tuning.time, "monotonic", lambda: now[0])
 
     def first_case_takes_a_minute(*arguments):
         now[0] += 60
-        return {name: [1.0] * tune.ROUNDS for name in arguments[0]}
+        return {name: [1.0] * _tuning.ROUNDS for name in arguments[0]}
 
-    monkeypatch.setattr(tune, "_times", first_case_takes_a_minute)
+    monkeypatch.setattr(_tuning, "_times", first_case_takes_a_minute)
     document = tuned(capsys, "--budget", "30")
     assert ([row["key"] for row in document["rows"]], document["left"]) == (["large/1024"], 1)
     assert list(table(tmp_path)["toy"]) == ["large/1024"]
@@ -217,10 +332,10 @@ def test_who_reads_during_a_write_finds_a_whole_table(clock, capsys, tmp_path, m
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    _tuned.write(tmp_path / "tuned" / "sm_90.json", "linear", "act/1/1/64", {"plan": "cublas"})
+    _tuned.write(tmp_path / "tuned" / TABLE, "linear", "act/bfloat16/1/1/64", {"plan": "cublas"})
     (old, new), *_ = seen
     assert old == before
-    assert new == table(tmp_path) == {**before, "linear": {"act/1/1/64": {"plan": "cublas"}}}
+    assert new == table(tmp_path) == {**before, "linear": {"act/bfloat16/1/1/64": {"plan": "cublas"}}}
 
 
 def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tmp_path, monkeypatch):
@@ -234,7 +349,7 @@ def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tm
     assert main(["tune", "--batch-sizes", "1000"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert table(tmp_path) == before
-    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["sm_90.json"]
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == [TABLE]
 
 
 # What is never written.
@@ -295,8 +410,8 @@ def test_without_a_baseline_nothing_is_decided(clock, capsys, tmp_path, monkeypa
 def test_a_case_that_does_not_fit_is_named_and_the_others_are_measured(clock, capsys, monkeypatch):
     cases = toy()
 
-    def first_is_too_large(shape, batch, arch):
-        first, second = cases(shape, batch, arch)
+    def first_is_too_large(shape, batch, arch, dtype):
+        first, second = cases(shape, batch, arch, dtype)
 
         def problem(device):
             raise torch.OutOfMemoryError
@@ -316,7 +431,8 @@ def test_a_case_that_does_not_fit_is_named_and_the_others_are_measured(clock, ca
         (["vit_of_my_dreams"], "unknown model 'vit_of_my_dreams'"),
         (["--budget", "0"], "not a positive number of seconds"),
         (["--batch-sizes", "0"], "not a positive whole number"),
-        (["--output", str(ROOT / "README.md")], "exists and is no table of format 1"),
+        (["--dtype", "float32"], "invalid choice: 'float32'"),
+        (["--output", str(ROOT / "README.md")], "exists and is no table of format 2"),
         (["resnet18"], "resnet18 cannot be fused"),
     ],
 )
@@ -333,39 +449,83 @@ def test_bad_requests_are_one_line(clock, capsys, arguments, message):
 
 
 def test_a_models_gemms_are_its_cases():
-    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90") if case.stem in ("linear", "patch_embed")]
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16) if case.stem in ("linear", "patch_embed")]
     assert [case.key for case in cases] == [
-        "act/192/64/256",
-        "residual/64/192/256",
-        "residual/64/64/256",
-        "plain/192/64/256",
-        "norm_act/192/64/256",
-        "norm/192/64/256",
-        "fwd/64/768/256",
-        "fwd_uint8/64/768/256",
-        "fwd_cast/64/768/256",
-        "dweight/64/768/256",
-        "dweight_uint8/64/768/256",
-        "dweight_cast/64/768/256",
+        "act/bfloat16/192/64/256",
+        "residual/bfloat16/64/192/256",
+        "residual/bfloat16/64/64/256",
+        "plain/bfloat16/192/64/256",
+        "norm_act/bfloat16/192/64/256",
+        "norm/bfloat16/192/64/256",
+        "fwd/bfloat16/64/768/256",
+        "fwd_uint8/bfloat16/64/768/256",
+        "fwd_cast/bfloat16/64/768/256",
+        "dweight/bfloat16/64/768/256",
+        "dweight_uint8/bfloat16/64/768/256",
+        "dweight_cast/bfloat16/64/768/256",
     ]
     assert {case.rows for case in cases if case.stem == "linear"} == {2 * 101}
     assert {case.rows for case in cases if case.stem == "patch_embed"} == {2 * 100}
 
 
 def test_each_key_of_the_workloads_is_measured_once_at_the_most_rows_large_ones_first():
-    every = tune._cases([], None, "sm_90")
+    every = tune._cases([], None, "sm_90", torch.bfloat16)
     assert len({(case.stem, case.key) for case in every}) == len(every)
     cases = [case for case in every if case.stem == "linear"]
     keys = [case.key for case in cases]
     assert len(set(keys)) == len(keys)
     assert keys[0].startswith("act/")
     by_key = {case.key: case for case in cases}
-    assert by_key["act/3072/768/65536"].rows == 256 * 197
-    assert by_key["act/4304/1152/16384"].rows == 64 * 256
-    kinds = [case.kind for case in cases]
+    assert by_key["act/bfloat16/3072/768/65536"].rows == 256 * 197
+    assert by_key["act/bfloat16/4304/1152/16384"].rows == 64 * 256
+    kinds = [case.kind for case in cases[6:]]
     assert kinds == sorted(kinds, key=["act", "residual", "plain", "norm_act", "norm"].index)
     rows = [case.rows for case in cases if case.kind == "act"]
     assert rows == sorted(rows, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("models", "batches"), [([], None), (["test_vit", "vit_base_patch16_224"], [1, 256])])
+def test_the_gemms_of_b16_at_256_images_come_first_then_linear_attention_and_patches(models, batches, dtype):
+    cases = tune._cases(models, batches, "sm_90", dtype)
+    first = [case.key for case in tune.b16_gemms("sm_90", dtype)]
+    name = str(dtype).removeprefix("torch.")
+    assert first == [
+        f"act/{name}/3072/768/65536",
+        f"residual/{name}/768/3072/65536",
+        f"residual/{name}/768/768/65536",
+        f"plain/{name}/2304/768/65536",
+        f"norm_act/{name}/3072/768/65536",
+        f"norm/{name}/2304/768/65536",
+    ]
+    assert [case.key for case in cases[:6]] == first
+    assert {case.rows for case in cases[:6]} == {256 * 197}
+    stems = [case.stem for case in cases]
+    assert stems == sorted(stems, key=["linear", "attention", "patch_embed"].index)
+    assert {case.key.split("/")[1] for case in cases} == {name}
+    kinds = [(case.stem, case.kind) for case in cases[6:]]
+    assert len(list(itertools.groupby(kinds))) == len(set(kinds)), "cases of one kind are neighbours"
+
+
+def test_another_stem_comes_last(monkeypatch):
+    monkeypatch.setattr(tune, "_makers", lambda: {"a_toy": toy(), **MAKERS()})
+    stems = [case.stem for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16)]
+    assert list(dict.fromkeys(stems)) == ["linear", "attention", "patch_embed", "toy"]
+
+
+def test_both_forms_of_gelu_are_measured_one_after_the_other():
+    models = ["vit_base_patch32_siglip_256", "vit_base_patch16_224"]
+    cases = tune._cases(models, [256, 64], "sm_90", torch.bfloat16)
+    kinds = [case.kind for case in cases if case.kind in ("act", "gelu_tanh")]
+    assert kinds == ["act"] * 2 + ["gelu_tanh"] * 2
+
+
+def test_gradients_of_patches_are_finite_in_float16_at_a_large_batch():
+    shape = tune._ModelShape(tokens=56**2, width=64, num_heads=1, hidden=64, act="gelu", patch=4, image=224)
+    cases = MAKERS()["patch_embed"](shape, 16, "sm_90", torch.float16)
+    case = next(case for case in cases if case.key.startswith("dweight/"))
+    largest = case.problem(torch.device("cpu")).oracle().abs().max().item()
+    assert 1 < largest < torch.finfo(torch.float16).max / 4
 
 
 def test_the_launcher_can_take_every_candidate():
@@ -428,6 +588,34 @@ def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, ca
     assert blocks == [256, 256]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels take CPU tensors")
+@pytest.mark.parametrize("stem", ["linear", "attention", "patch_embed"])
+def test_in_float16_the_launchers_run_every_candidate_and_it_is_right(clock, capsys, monkeypatch, tmp_path, stem):
+    """The baseline and two others of each case, so that the interpreter is quick."""
+    tried, found, lookup = [], [], _tuned.lookup
+
+    def few(*arguments):
+        for case in MAKERS()[stem](*arguments):
+            baseline, *others = case.entries.items()
+            yield dataclasses.replace(case, entries=dict([baseline, *others[-2:]]))
+            tried.extend((case.key, entry) for _, entry in (baseline, *others[-2:]))
+
+    def noting(gpu, stem, key):
+        found.append((key, lookup(gpu, stem, key)))
+        return found[-1][1]
+
+    monkeypatch.setattr(_tuned, "lookup", noting)
+    monkeypatch.setattr(tune, "_makers", lambda: {stem: few})
+    document = tuned(capsys, "test_vit", "--batch-sizes", "1", "--dtype", "float16")
+    assert len(document["rows"]) == {"linear": 6, "attention": 2, "patch_embed": 6}[stem]
+    for row in document["rows"]:
+        assert row["refused"] == row["broken"] == {}
+        assert row["key"].split("/")[1] == "float16"
+        assert len(row["us"]) == 3
+    assert set(table(tmp_path)[stem]) == {row["key"] for row in document["rows"]}
+    assert all(pair in found for pair in tried)
+
+
 def test_a_model_with_the_tanh_form_of_gelu_tunes_cublas_own_epilogue_too(clock, capsys, monkeypatch):
     monkeypatch.setattr(tune, "_makers", lambda: {"linear": MAKERS()["linear"]})
     monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(10, 64, 1, 128, "gelu_tanh", patch=0, image=160))
@@ -445,7 +633,7 @@ def test_the_shape_of_a_model_names_its_activation():
 
 def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypatch):
     monkeypatch.setattr(tune, "_shape", lambda name: tune._ModelShape(101, 64, 1, 192, "gelu", patch=0, image=160))
-    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90")} == {"attention", "linear"}
+    assert {case.stem for case in tune._cases(["test_vit"], [2], "sm_90", torch.bfloat16)} == {"attention", "linear"}
 
 
 @pytest.mark.slow
@@ -453,7 +641,7 @@ def test_a_model_without_a_fused_patch_embedding_tunes_its_blocks_alone(monkeypa
 def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
     path = tmp_path / "table.json"
     document = tuned(capsys, "test_vit", "--output", str(path))
-    assert [row["stem"] for row in document["rows"]] == ["attention"] * 2 + ["linear"] * 6 + ["patch_embed"] * 6
+    assert [row["stem"] for row in document["rows"]] == ["linear"] * 6 + ["attention"] * 2 + ["patch_embed"] * 6
     for row in document["rows"]:
         assert row["refused"] == {}
         assert all(us > 0 for us in row["us"].values())
@@ -464,21 +652,21 @@ def test_this_gpu_is_tuned_for_a_small_model(capsys, tmp_path):
 
 
 COMPILING = """
-import time
-from vitkernels.cli import tune
+import torch
+from vitkernels.cli import _tuning, tune
 
 if __name__ == "__main__":
-    cases = [case for case in tune._cases(["test_vit"], [2], "sm_80") if case.kind == "act"]
+    cases = [case for case in tune._cases(["test_vit"], [2], "sm_80", torch.bfloat16) if case.kind == "act"]
     kept = list(cases[0].entries)[:3]
     for case in cases:
         for name in set(case.entries) - set(kept):
             del case.entries[name]
-    tune._compile(cases, "sm_80", float("inf"))
+    _tuning._compile(cases, "sm_80", float("inf"))
     import triton
     compiled = []
     triton.compiler.compiler.ASTSource.make_ir = lambda *args: compiled.append(args)
     for name in kept:
-        tune._compile_candidate(cases, name, "sm_80")
+        _tuning._compile_candidate(cases, name, "sm_80")
     print("compiled again:", len(compiled))
 """
 

@@ -90,7 +90,7 @@ def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
 def target(x: Tensor) -> str | None:
     """The GPU architecture that ``x`` runs on, as ``"sm_90"``; ``None`` when it is not on an NVIDIA GPU.
 
-    Policy, tuned tables and every ``why_not`` look at nothing else.
+    Policy and every ``why_not`` look at nothing else; tuned tables are those of the device's name.
     """
     if _target is not None:
         return _target

@@ -1,7 +1,7 @@
 """How attention is launched: tiles, warps and stages by shape and chip, and what a tuned table may say instead.
 
-A table's entry stands for 16-bit self-attention without a bias, under a direction, a head dim and a bucket of lengths. An
-entry that this shape or chip cannot run is passed over, with a warning, for the default.
+A table's entry stands for 16-bit self-attention without a bias, under a direction, a dtype, a head dim and a bucket of
+lengths. An entry that this shape or chip cannot run is passed over, with a warning, for the default.
 """
 
 import functools
@@ -54,13 +54,13 @@ class BackwardConfig(NamedTuple):
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
 
 
-def key(direction: str, N: int, Dh: int) -> str:
+def key(direction: str, dtype: torch.dtype, N: int, Dh: int) -> str:
     """Of a table's entry: lengths share one by 64 up to 512, then by powers of two."""
-    return f"{direction}/{Dh}/{-(-N // 64) * 64 if N <= 512 else triton.next_power_of_2(N)}"
+    return f"{direction}/{_tuned.dtype_name(dtype)}/{Dh}/{-(-N // 64) * 64 if N <= 512 else triton.next_power_of_2(N)}"
 
 
-def _from_table(kind: type[_Config], arch: int, key: str, why_not: Callable[[_Config], str]) -> _Config | None:
-    entry = _tuned.lookup(f"sm_{arch}", "attention", key)
+def _from_table(kind: type[_Config], gpu: str, key: str, why_not: Callable[[_Config], str]) -> _Config | None:
+    entry = _tuned.lookup(gpu, "attention", key)
     if entry is None or entry.get("plan") == "default":
         return None
     try:
@@ -69,14 +69,14 @@ def _from_table(kind: type[_Config], arch: int, key: str, why_not: Callable[[_Co
     except (KeyError, TypeError) as error:
         wrong = str(error)
     if wrong:
-        _warn(arch, key, wrong)
+        _warn(gpu, key, wrong)
         return None
     return config
 
 
 @functools.cache  # once each
-def _warn(arch: int, key: str, wrong: str) -> None:
-    _logger.warning("the tuned entry %s of attention on sm_%d is ignored: %s", key, arch, wrong)
+def _warn(gpu: str, key: str, wrong: str) -> None:
+    _logger.warning("the tuned entry %s of attention on %s is ignored: %s", key, gpu, wrong)
 
 
 def entry(config: ForwardConfig | BackwardConfig) -> dict[str, Any]:
@@ -143,12 +143,12 @@ def _stream_blocks(arch: int, dtype: torch.dtype, width: int, full_bias: bool) -
 
 
 def forward_config(
-    arch: int, dtype: torch.dtype, N: int, M: int, Dh: int, biased: bool, full_bias: bool, packed: bool
+    arch: int, gpu: str, dtype: torch.dtype, N: int, M: int, Dh: int, biased: bool, full_bias: bool, packed: bool
 ) -> ForwardConfig:
-    """The table's, or the default. ``full_bias``: one with a row for each query."""
+    """That of the table of ``gpu``, or the default. ``full_bias``: one with a row for each query."""
     width = sum(_parts(Dh))
     if dtype != torch.float32 and N == M and not biased and not packed:
-        tuned = _from_table(ForwardConfig, arch, key("forward", N, Dh), lambda c: why_not_forward(c, arch, N, Dh))
+        tuned = _from_table(ForwardConfig, gpu, key("forward", dtype, N, Dh), lambda c: why_not_forward(c, arch, N, Dh))
         if tuned is not None:
             return tuned
     blocks = _key_blocks(M)
@@ -243,16 +243,16 @@ def backward_parts(arch: int, dtype: torch.dtype, Dh: int, biased: bool) -> tupl
 
 
 def backward_config(
-    arch: int, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool, plain: bool
+    arch: int, gpu: str, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool, plain: bool
 ) -> BackwardConfig:
-    """The table's if the call is ``plain``, without bias or packing, or else the largest tiles that compile without a spill
-    (for Dh up to 128), read from the binaries.
+    """That of the table of ``gpu`` if the call is ``plain``, without bias or packing, or else the largest tiles that compile
+    without a spill (for Dh up to 128), read from the binaries.
 
     ``fills``: programs that fill the chip. Fewer heads, longer ones and wide ones are cut into blocks of rows. ``biased``: by
     a bias for each query and key.
     """
     if dtype != torch.float32 and N == M and plain:
-        tuned = _from_table(BackwardConfig, arch, key("backward", N, Dh), lambda c: why_not_backward(c, arch, Dh))
+        tuned = _from_table(BackwardConfig, gpu, key("backward", dtype, N, Dh), lambda c: why_not_backward(c, arch, Dh))
         # One program a head was measured with heads enough for the chip.
         if tuned is not None and (heads >= fills or not tuned.one_program):
             return tuned

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tuned
-from ._device import multiprocessors
+from ._device import gpu_of, multiprocessors
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -174,7 +174,7 @@ def _config(
     D, K = weight.shape[0], geometry.depth
     float32 = weight.dtype == torch.float32
     key = table_key(kind, images.dtype, weight.dtype, D, K, geometry.rows)
-    entry = None if float32 else _tuned.lookup(arch, "patch_embed", key)
+    entry = None if float32 else _tuned.lookup(gpu_of(weight, arch), "patch_embed", key)
     if plan == "auto":
         plan = ("triton" if allow_tf32 or not float32 else "cublas") if entry is None else entry["plan"]
     if plan == "cublas":
@@ -197,7 +197,7 @@ def table_key(kind: str, pixel: torch.dtype, compute: torch.dtype, D: int, K: in
     Pixels that are not in the dtype of the product pass through registers, which other tiles suit.
     """
     form = "" if pixel == compute else "_uint8" if pixel == torch.uint8 else "_cast"
-    return _tuned.gemm_key(kind + form, D, K, rows)
+    return _tuned.gemm_key(kind + form, compute, D, K, rows)
 
 
 def _options(config: PatchConfig, allow_tf32: bool) -> dict[str, Any]:

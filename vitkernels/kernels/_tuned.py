@@ -1,9 +1,11 @@
-"""Tuned tables: which plan and configuration was measured to be fastest, by architecture.
+"""Tuned tables: which plan and configuration was measured to be fastest, by GPU.
 
-One JSON file an architecture: the user's (``vitkernels tune`` writes it, ``_env.tuned_dir``) is asked first, the one shipped
-in ``tuned/`` second.
+One JSON file a GPU's name, since an H100 and an H200 are both sm_90 and differ: the user's (``vitkernels tune`` writes it,
+``_env.tuned_dir``) is asked first, the one shipped in ``tuned/`` second. ``nvidia_h100_80gb_hbm3.json``:
 
-    {"format": 1, "linear": {"act/3072/768/65536": {"plan": "triton", "config": {...}}, "plain/...": {"plan": "cublas"}}}
+    {"format": 2, "linear": {"act/bfloat16/3072/768/65536": {"plan": "triton", "config": {...}}, ...}, "attention": ...}
+
+Each key has the dtype of the product. Tables of format 1, one an architecture, had none; they are ignored, with a warning.
 """
 
 import contextlib
@@ -11,16 +13,24 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import _env
 
-FORMAT = 1
+FORMAT = 2
 _SHIPPED = Path(__file__).parent / "tuned"
 _logger = logging.getLogger("vitkernels")
 _tried: tuple[str, str, dict[str, Any]] | None = None  # stem, key and entry inside trying()
+
+
+def file_name(gpu: str) -> str:
+    """Of the table of the GPU that CUDA calls ``gpu``."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
 def bucket(rows: int) -> int:
@@ -28,38 +38,58 @@ def bucket(rows: int) -> int:
     return max(64, 1 << max(rows - 1, 0).bit_length())
 
 
-def gemm_key(kind: str, N: int, K: int, rows: int) -> str:
-    """Key of the GEMM (rows, K) x (K, N) in the table of stem ``linear``.
+@functools.cache  # formatting one takes as long as a look-up
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, as keys have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def gemm_key(kind: str, dtype: torch.dtype, N: int, K: int, rows: int) -> str:
+    """Key of the GEMM (rows, K) x (K, N) of ``dtype`` in the table of stem ``linear``.
 
     Args:
         kind: ``plain`` (bias only), ``act`` or ``residual``: what the epilogue can save. ``gelu_tanh``: ``act`` of that form,
             whose entry may be ``cublaslt``. ``norm`` and ``norm_act``: with a LayerNorm folded in; an entry ``cublas`` stands
             for LayerNorm, then whatever runs ``plain``, ``act`` or ``gelu_tanh``.
     """
-    return f"{kind}/{N}/{K}/{bucket(rows)}"
+    return f"{kind}/{dtype_name(dtype)}/{N}/{K}/{bucket(rows)}"
 
 
-def lookup(arch: str, stem: str, key: str) -> dict[str, Any] | None:
-    """The entry of ``key``, of the user's table or else the shipped one. After writing a table call ``forget``."""
+def lookup(gpu: str, stem: str, key: str) -> dict[str, Any] | None:
+    """The entry of ``key`` for ``_device.gpu_of(x, arch)``, of the user's table or else the shipped one.
+
+    After writing a table call ``forget``.
+    """
     if _tried is not None and _tried[:2] == (stem, key):
         return _tried[2]
-    return _found(arch, stem, key)
+    return _found(gpu, stem, key)
 
 
 @functools.lru_cache
-def _found(arch: str, stem: str, key: str) -> dict[str, Any] | None:
-    for folder in (_env.tuned_dir(), _SHIPPED):
-        entry = read(folder / f"{arch}.json").get(stem, {}).get(key)
-        if entry is not None:
-            return entry
-    return None
+def _found(gpu: str, stem: str, key: str) -> dict[str, Any] | None:
+    entries = (table.get(stem, {}).get(key) for table in _tables(gpu))
+    return next((entry for entry in entries if entry is not None), None)
 
 
-def any_gemm(arch: str, kind: str, N: int, K: int) -> bool:
-    """Whether ``gemm_key(kind, N, K, rows)`` has a fused GEMM for some number of rows."""
-    tables = (read(folder / f"{arch}.json").get("linear", {}) for folder in (_env.tuned_dir(), _SHIPPED))
-    start = f"{kind}/{N}/{K}/"
-    return any(key.startswith(start) and entry["plan"] != "cublas" for table in tables for key, entry in table.items())
+def any_gemm(gpu: str, kind: str, dtype: torch.dtype, N: int, K: int) -> bool:
+    """Whether ``gemm_key(kind, dtype, N, K, rows)`` has a fused GEMM for some number of rows."""
+    start = f"{kind}/{dtype_name(dtype)}/{N}/{K}/"
+    entries = (item for table in _tables(gpu) for item in table.get("linear", {}).items())
+    return any(key.startswith(start) and entry["plan"] != "cublas" for key, entry in entries)
+
+
+def _tables(gpu: str) -> Iterator[dict[str, Any]]:
+    folder = _env.tuned_dir()
+    _ignore_tables_by_architecture(folder)
+    for place in (folder, _SHIPPED):
+        yield read(place / file_name(gpu))
+
+
+@functools.cache
+def _ignore_tables_by_architecture(folder: Path) -> None:
+    if any(folder.glob("sm_*.json")):
+        why = "a table has its GPU's name now, and the dtype in its keys: `vitkernels tune` writes the new one"
+        _ignore(f"every sm_*.json in {folder}", why)
 
 
 @functools.lru_cache
@@ -70,12 +100,19 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _logger.warning("%s is ignored: %s", path, error)
+        _ignore(path, str(error))
         return {}
-    if not isinstance(table, dict) or table.get("format") != FORMAT:
-        _logger.warning("%s is ignored: it is not a table of format %d", path, FORMAT)
-        return {}
-    return table
+    found = table.get("format") if isinstance(table, dict) else None
+    if found == FORMAT:
+        return table
+    old = "it has format 1, whose keys lack the dtype: move it away, and `vitkernels tune` writes the new one"
+    _ignore(path, old if found == 1 else f"it is not a table of format {FORMAT}")
+    return {}
+
+
+@functools.cache  # once a process, however often tables are read again
+def _ignore(what: Path | str, why: str) -> None:
+    _logger.warning("%s is ignored: %s", what, why)
 
 
 def forget() -> None:

@@ -1,6 +1,6 @@
-"""What ``vitkernels tune`` asks of a stem: ``kernels/_tuning_<stem>.py`` with ``cases(shape, batch, arch)``.
+"""What ``vitkernels tune`` asks of a stem: ``kernels/_tuning_<stem>.py`` with ``cases(shape, batch, arch, dtype)``.
 
-A stem takes part when its launcher asks ``_tuned.lookup(arch, stem, key)`` for a configuration, and its file here says which
+A stem takes part when its launcher asks ``_tuned.lookup(gpu, stem, key)`` for a configuration, and its file here says which
 keys a ViT asks for, which entries could stand there, and how to run and judge one. Nothing else knows the stem.
 """
 

@@ -66,16 +66,16 @@ def candidates(direction: str, arch: int, N: int, Dh: int) -> tuple[ForwardConfi
     return tuple(c for c in _BACKWARD if not why_not_backward(c, arch, Dh) and (N <= 320 or not c.one_program))
 
 
-def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
-    """Forward and backward of a block's attention, in bfloat16."""
+def cases(shape: Shape, batch: int, arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Forward and backward of a block's attention in ``dtype``, bfloat16 or float16."""
     N, H = shape.tokens, shape.num_heads
     Dh = shape.width // H
     for direction in ("forward", "backward"):
         found = candidates(direction, int(arch.removeprefix("sm_")), N, Dh)
         entries = {"default": {"plan": "default"}, **{_name(c): entry(c) for c in found}}
         title = f"{direction} {N} tokens, {H} heads of {Dh}, {batch} images"
-        problem = partial(_problem, direction, batch, N, H, Dh)
-        yield Case("attention", key(direction, N, Dh), direction, title, batch * N * H, entries, problem)
+        problem = partial(_problem, direction, batch, N, H, Dh, dtype)
+        yield Case("attention", key(direction, dtype, N, Dh), direction, title, batch * N * H, entries, problem)
 
 
 def _name(config: ForwardConfig | BackwardConfig) -> str:
@@ -88,21 +88,21 @@ def _name(config: ForwardConfig | BackwardConfig) -> str:
     return f"streamed {config.block_m}x{config.block_n} {options}"
 
 
-def _problem(direction: str, B: int, N: int, H: int, Dh: int, device: torch.device) -> Problem:
+def _problem(direction: str, B: int, N: int, H: int, Dh: int, dtype: torch.dtype, device: torch.device) -> Problem:
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     qkv = torch.randn(B, N, 3, H, Dh, generator=generator, device=device)
     qkv[:, :, 0] *= 3  # logits of std 3
-    dout = torch.randn(B, N, H, Dh, generator=generator, device=device).bfloat16()
-    qkv, scale = qkv.bfloat16(), Dh**-0.5
+    dout = torch.randn(B, N, H, Dh, generator=generator, device=device).to(dtype)
+    qkv, scale = qkv.to(dtype), Dh**-0.5
     if direction == "forward":
         run = lambda: launch_attention_fwd(*qkv.unbind(2), None, None, N, scale, False)[0]  # noqa: E731
-        return Problem(run, *(partial(_by_images, _forward, dtype, qkv) for dtype in (qkv.dtype, torch.float64)))
+        return Problem(run, *(partial(_by_images, _forward, precision, qkv) for precision in (dtype, torch.float64)))
     if device.type == "meta":
         saved = torch.empty_like(dout), *(torch.empty(B, H, N, device=device) for _ in range(2))
     else:
         saved = launch_attention_fwd(*qkv.unbind(2), None, None, N, scale, False)
     run = lambda: launch_attention_qkv_bwd(dout, qkv, *saved, None, None, N, scale, False, False)[0]  # noqa: E731
-    return Problem(run, *(partial(_by_images, _backward, dtype, qkv, dout) for dtype in (qkv.dtype, torch.float64)))
+    return Problem(run, *(partial(_by_images, _backward, precision, qkv, dout) for precision in (dtype, torch.float64)))
 
 
 def _by_images(function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ def candidates(arch: str, N: int, K: int) -> tuple[GemmConfig, ...]:
     return _DESCRIPTOR if described else _POINTER
 
 
-def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
-    """A block's GEMMs, those that save most first, in bfloat16."""
+def cases(shape: Shape, batch: int, arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A block's GEMMs in ``dtype``, bfloat16 or float16, those that save most first."""
     D, hidden, rows = shape.width, shape.hidden, batch * shape.tokens
     act = kind_of(shape.act)
     gemms = (
@@ -70,8 +70,8 @@ def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
         if kind == "gelu_tanh":
             entries["cublaslt"] = {"plan": "cublaslt"}
         title = f"{name} {N} x {K}, {rows} rows"
-        problem = partial(_problem, kind, shape.act == "gelu_tanh", rows, N, K, arch)
-        yield Case("linear", _tuned.gemm_key(kind, N, K, rows), kind, title, rows, entries, problem)
+        problem = partial(_problem, kind, shape.act == "gelu_tanh", rows, N, K, arch, dtype)
+        yield Case("linear", _tuned.gemm_key(kind, dtype, N, K, rows), kind, title, rows, entries, problem)
 
 
 def _name(config: GemmConfig) -> str:
@@ -80,11 +80,11 @@ def _name(config: GemmConfig) -> str:
     return name + (f" /{config.subtiles} x{config.programs_per_sm}" if config.kernel == "descriptor" else "")
 
 
-def _problem(kind: str, tanh: bool, rows: int, N: int, K: int, arch: str, device: torch.device) -> Problem:
+def _problem(kind: str, tanh: bool, rows: int, N: int, K: int, arch: str, dtype: torch.dtype, device: torch.device) -> Problem:
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=generator, device=device)).bfloat16()
+        return (scale * torch.randn(size, generator=generator, device=device)).to(dtype)
 
     x, weight, bias = draw(rows, K), draw(N, K, scale=K**-0.5), draw(N)
     residual = draw(rows, N) if kind == "residual" else None

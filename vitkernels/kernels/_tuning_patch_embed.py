@@ -25,12 +25,11 @@ _CONFIGS = tuple(
         ((64, 64, 64), 4, 4),
     )
 )
-_PIXELS = (torch.bfloat16, torch.uint8, torch.float32)  # as they are, with their normalisation, autocast's
 _CHANNELS = 3
 
 
-def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
-    """Forward and d weight in bfloat16, beside the configuration that runs without an entry."""
+def cases(shape: Shape, batch: int, arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Forward and d weight in ``dtype``, bfloat16 or float16, beside the configuration that runs without an entry."""
     if not shape.patch:
         return
     grid = shape.image // shape.patch
@@ -38,10 +37,10 @@ def cases(shape: Shape, batch: int, arch: str) -> Iterator[Case]:
     entries = {"default": {"plan": "triton"}, "cublas": {"plan": "cublas"}}
     entries |= {_name(config): {"plan": "triton", "config": asdict(config)} for config in _CONFIGS}
     for kind in ("fwd", "dweight"):
-        for pixel in _PIXELS:
-            key = table_key(kind, pixel, torch.bfloat16, D, K, rows)
+        for pixel in (dtype, torch.uint8, torch.float32):  # as they are, with their normalisation, autocast's
+            key = table_key(kind, pixel, dtype, D, K, rows)
             title = f"{key.partition('/')[0]} {D} x {K}, {rows} rows"
-            problem = partial(_problem, kind, pixel, batch, grid, shape, arch)
+            problem = partial(_problem, kind, pixel, batch, grid, shape, arch, dtype)
             yield Case("patch_embed", key, key.partition("/")[0], title, rows, entries, problem)
 
 
@@ -49,11 +48,13 @@ def _name(config: PatchConfig) -> str:
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
 
 
-def _problem(kind: str, pixel: torch.dtype, batch: int, grid: int, shape: Shape, arch: str, device: torch.device) -> Problem:
+def _problem(
+    kind: str, pixel: torch.dtype, batch: int, grid: int, shape: Shape, arch: str, compute: torch.dtype, device: torch.device
+) -> Problem:
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=generator, device=device)).bfloat16()
+        return (scale * torch.randn(size, generator=generator, device=device)).to(compute)
 
     D, patch, side = shape.width, shape.patch, grid * shape.patch
     K, num_prefix = _CHANNELS * patch**2, shape.tokens - grid**2
@@ -61,16 +62,18 @@ def _problem(kind: str, pixel: torch.dtype, batch: int, grid: int, shape: Shape,
     mean, std = (draw(_CHANNELS, scale=0.1).float().add(0.5) for _ in range(2)) if pixel == torch.uint8 else (None, None)
     weight, bias = draw(D, _CHANNELS, patch, patch, scale=K**-0.5), draw(D)
     prefix, positions = draw(1, num_prefix, D) if num_prefix else None, draw(1, shape.tokens, D)
-    dout = draw(batch, shape.tokens, D).to(torch.float32 if pixel == torch.float32 else weight.dtype)  # of autocast's stream
+    # Small, as a mean loss makes it: in float16 the sum over all patches would overflow. Autocast's stream is float32.
+    dout = draw(batch, shape.tokens, D, scale=(batch * grid**2) ** -0.5)
+    dout = dout.float() if pixel == torch.float32 else dout
     settings = (False, "auto", arch)
 
     def patches(dtype: torch.dtype) -> Tensor:
         x = images
         if mean is not None:
-            compute = torch.promote_types(torch.float32, dtype)
-            x = (x.to(compute) / 255 - mean.to(compute).view(-1, 1, 1)) / std.to(compute).view(-1, 1, 1)
+            wide = torch.promote_types(torch.float32, dtype)
+            x = (x.to(wide) / 255 - mean.to(wide).view(-1, 1, 1)) / std.to(wide).view(-1, 1, 1)
         # Float pixels are rounded before they are multiplied, as autocast does: that is no error. Normalised ones are judged.
-        x = x.to(dtype) if mean is not None else x.bfloat16().to(dtype)
+        x = x.to(dtype) if mean is not None else x.to(compute).to(dtype)
         x = x.unflatten(3, (grid, patch)).unflatten(2, (grid, patch)).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(batch * grid**2, K)
 
@@ -91,4 +94,4 @@ def _problem(kind: str, pixel: torch.dtype, batch: int, grid: int, shape: Shape,
         return (g.t() @ patches(dtype)).view(weight.shape)
 
     run, by_pytorch = (forward, forward_by_pytorch) if kind == "fwd" else (dweight, dweight_by_pytorch)
-    return Problem(run, partial(by_pytorch, torch.bfloat16), partial(by_pytorch, torch.float64))
+    return Problem(run, partial(by_pytorch, compute), partial(by_pytorch, torch.float64))

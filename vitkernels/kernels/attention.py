@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._attention_configs import forward_config, forward_constants, forward_parts
 from ._attention_tiles import _image_of_block
-from ._device import architecture, multiprocessors
+from ._device import architecture, gpu_of, multiprocessors
 
 if TYPE_CHECKING:
     from ._aot import Shape
@@ -496,7 +496,7 @@ def launch_attention_fwd(
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     arch, full_bias, size = architecture(q.device), bias is not None and not key_only, (num_queries, num_keys, head_dim)
-    config = forward_config(arch, q.dtype, *size, bias is not None, full_bias, packed)
+    config = forward_config(arch, gpu_of(q, f"sm_{arch}"), q.dtype, *size, bias is not None, full_bias, packed)
     heads = num_heads * (1 if packed else images[0])
     parts = forward_parts(arch, q.dtype, head_dim, full_bias)
     constants = forward_constants(arch, config, heads, multiprocessors(q.device), parts, q.dtype, num_queries, num_keys, packed)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import _tuned
 from ._activation import activation
-from ._device import multiprocessors
+from ._device import gpu_of, multiprocessors
 from ._tile_order import tile_at
 
 if TYPE_CHECKING:
@@ -440,7 +440,8 @@ def kind_of(act: str) -> str:
 def _entry(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> dict[str, Any] | None:
     """The table's. What was measured with another activation stands for the tanh form where that says nothing."""
     kinds = ("gelu_tanh", "act") if kind == "gelu_tanh" else (kind,)
-    found = (_tuned.lookup(arch, "linear", _tuned.gemm_key(kind, *weight.shape, x.shape[0])) for kind in kinds)
+    gpu = gpu_of(weight, arch)  # x may stand for its shape alone, on meta
+    found = (_tuned.lookup(gpu, "linear", _tuned.gemm_key(kind, x.dtype, *weight.shape, x.shape[0])) for kind in kinds)
     usable = (entry for entry in found if entry is not None and (entry["plan"] != "cublaslt" or plan == "inference"))
     return next(usable, None)
 

@@ -97,18 +97,19 @@ def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
         return plan == "triton"
     N, K = weight.shape
     if torch.compiler.is_compiling():
-        return _any_rows(arch, N, K, act)
+        return _any_rows(x.get_device() if x.is_cuda else -1, arch, x.dtype, N, K, act)
     kernels = importlib.import_module("vitkernels.kernels.folded_linear")  # Triton, on a GPU only
     rows = x.new_empty((x.numel() // K, K), device="meta")  # contiguous, as what a GEMM of ours writes, and its next one reads
     return kernels.config(rows, weight, act, plan, arch) is not None
 
 
-def _any_rows(arch: str, N: int, K: int, act: str | None) -> bool:
-    tables = importlib.import_module("vitkernels.kernels._tuned")
-    return tables.any_gemm(arch, "norm" if act is None else "norm_act", N, K)
+def _any_rows(device_index: int, arch: str, dtype: torch.dtype, N: int, K: int, act: str | None) -> bool:
+    device, tables = (importlib.import_module(f"vitkernels.kernels.{name}") for name in ("_device", "_tuned"))
+    gpu = device.gpu_name(device_index, arch)
+    return tables.any_gemm(gpu, "norm" if act is None else "norm_act", dtype, N, K)
 
 
-_any_rows._dynamo_marked_constant = True  # Dynamo reads no files; as _select._architecture
+_any_rows._dynamo_marked_constant = True  # Dynamo reads no files and asks no driver; as _select._architecture
 
 
 def folded_linear(
