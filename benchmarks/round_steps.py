@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -254,6 +255,32 @@ def _seconds(call: Callable[[], object], device: Any, rounds: int = 20) -> float
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1000
 
 
+def gemms(the: Round) -> None:
+    """The products of a block of B/16, cuBLAS against each configuration; the winners go into the tuned table."""
+    import torch
+
+    from vitkernels import _env, _select
+    from vitkernels.cli import _tuning, tune
+    from vitkernels.kernels import _tuned, _tuning_linear
+    from vitkernels.kernels._device import gpu_of
+
+    nothing = torch.empty(0, device=the.device)
+    arch = _select.target(nothing) or "sm_90"
+    (workload,) = the.workloads("B/16")
+    cases = tune.b16_gemms(arch, torch.bfloat16)
+    if the.mode == "dry-run":
+        cases = list(_tuning_linear.cases(workload, 2, arch, torch.bfloat16))
+    if the.mode == "compile-only":
+        _tuning._compile(cases, arch, math.inf)
+        the.tell("gemms", compiled=True)
+        return
+    todo = [case for case in cases if not the.knows(f"{case.stem} {case.key}")]
+    path = _env.tuned_dir() / _tuned.file_name(gpu_of(nothing, arch))
+    for found in _tuning.measure(todo, the.device, arch, path, compile_all=True):
+        wrong = {"wrong": "; ".join(found.errors)} if found.errors else {}
+        the.tell(f"{found.case.stem} {found.case.key}", **(found.row or {}), **wrong)
+
+
 def models(the: Round) -> None:
     """Whole models at a large batch: each plan, launched and as a CUDA graph."""
     import bench_models
@@ -294,6 +321,7 @@ STEPS: dict[str, Callable[[Round], None]] = {
     "operators": operators,
     "host": host,
     "kernels": kernels,
+    "gemms": gemms,
     "models": models,
     "small_and_training": small_and_training,
     "compiled": compiled,
