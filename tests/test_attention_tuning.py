@@ -34,7 +34,7 @@ def forward(N=197, M=None, Dh=64, dtype=bf16, biased=False, packed=False):
 
 
 def backward(N=197, M=None, Dh=64, dtype=bf16, heads=10**4, plain=True):
-    return _attention_configs.backward_config(90, H100, dtype, heads, N, M or N, Dh, 264, False, plain)
+    return _attention_configs.backward_config(90, H100, dtype, heads, N, M or N, Dh, 264, False, plain, False)
 
 
 def test_the_table_decides_for_the_lengths_of_its_bucket_and_for_nothing_else(table):
@@ -70,7 +70,7 @@ def test_every_default_is_one_that_a_table_could_choose(arch, dtype):
             config = _attention_configs.forward_config(arch, gpu, dtype, N, N, Dh, biased, full_bias, packed)
             assert not _attention_configs.why_not_forward(config, arch, N, Dh), config
             plain = not biased and not packed
-            config = _attention_configs.backward_config(arch, gpu, dtype, 10**4, N, N, Dh, 264, full_bias, plain)
+            config = _attention_configs.backward_config(arch, gpu, dtype, 10**4, N, N, Dh, 264, full_bias, plain, packed)
             assert not _attention_configs.why_not_backward(config, arch, Dh), config
 
 

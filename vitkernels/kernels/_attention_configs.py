@@ -243,7 +243,17 @@ def backward_parts(arch: int, dtype: torch.dtype, Dh: int, biased: bool) -> tupl
 
 
 def backward_config(
-    arch: int, gpu: str, dtype: torch.dtype, heads: int, N: int, M: int, Dh: int, fills: int, biased: bool, plain: bool
+    arch: int,
+    gpu: str,
+    dtype: torch.dtype,
+    heads: int,
+    N: int,
+    M: int,
+    Dh: int,
+    fills: int,
+    biased: bool,
+    plain: bool,
+    packed: bool,
 ) -> BackwardConfig:
     """That of the table of ``gpu`` if the call is ``plain``, without bias or packing, or else the largest tiles that compile
     without a spill (for Dh up to 128), read from the binaries.
@@ -265,10 +275,11 @@ def backward_config(
             return BackwardConfig(True, 64, 32, 32, 4, 1)
         if Dh <= 64 and not biased:
             return BackwardConfig(False, 64, 32, 64, 4, 2)
-        if Dh <= 96:
-            return BackwardConfig(False, 64, 16 if biased and Dh > 80 else 32, 32, 4, 2)
+        # Packed, dk and dv of 32 queries a step spill on sm_90: 8 bytes in Triton 3.6 at Dh = 88, 16 to 40 in 3.8 at 88 to
+        # 128, none in 3.9; of 16 in none of the three. On sm_100, 16 would spill more in 3.8 at 88 and 96: 88 to 108, not 72.
+        few_queries = Dh > 80 and (biased or (packed and arch == 90))
         if Dh <= 128:
-            return BackwardConfig(False, 64, 16 if biased else 32, 32, 8, 2)
+            return BackwardConfig(False, 64, 16 if few_queries else 32, 32, 4 if Dh <= 96 else 8, 2)
         return BackwardConfig(False, 64, 16, 16, 8, 1)
     if Dh <= 64:  # operands in registers
         return BackwardConfig(alone, 64, 16, 32, 4, 1 if alone or biased else 2)

@@ -88,13 +88,26 @@ def _quotient(n, d, r):
 
 
 @triton.jit
-def _normalised(pixels, channel, mask, mean_ptr, std_ptr):
+def _normalised(pixels, channel, mask, mean_ptr, std_ptr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Eq. (1) of a tile of uint8 pixels, channels along its last axis, in float32."""
-    mean = tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    std = tl.load(std_ptr + channel, mask=mask, other=1.0).to(tl.float32)
+    if CHANNELS_LAST and CHANNELS <= 4:
+        # A thread's 16 pixels take turns through the channels. Loaded for each pixel, Triton 3.6 would keep 16 pointers to both
+        # statistics in registers, and spill 220 bytes on sm_80, 104 on sm_90, 84 on sm_120 (3.8 and 3.9 none).
+        mean = tl.zeros(channel.shape, tl.float32)
+        std = tl.full(channel.shape, 1.0, tl.float32)
+        inverse = std
+        for c in tl.static_range(CHANNELS):
+            channel_std = tl.load(std_ptr + c).to(tl.float32)
+            mean = tl.where(channel == c, tl.load(mean_ptr + c).to(tl.float32), mean)
+            std = tl.where(channel == c, channel_std, std)
+            inverse = tl.where(channel == c, tl.div_rn(1.0, channel_std), inverse)
+    else:
+        mean = tl.load(mean_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+        std = tl.load(std_ptr + channel, mask=mask, other=1.0).to(tl.float32)
+        inverse = tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)
     pixels = pixels.to(tl.float32)
     pixels = _quotient(pixels, tl.full(pixels.shape, 255.0, tl.float32), 1.0 / 255.0)
-    inverse = tl.broadcast_to(tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)[None, :], pixels.shape)
+    inverse = tl.broadcast_to(inverse[None, :], pixels.shape)
     return _quotient(pixels - mean[None, :], tl.broadcast_to(std[None, :], pixels.shape), inverse)
 
 

@@ -385,7 +385,7 @@ def _launch(
     arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
     heads = 0 if need_dbias else B * H  # one program a head would spill 8 bytes on sm_120, for one launch of three
     gpu, plain = gpu_of(q, f"sm_{arch}"), bias is None and not packed
-    config = backward_config(arch, gpu, q.dtype, heads, N, M, Dh, fills, biased, plain)
+    config = backward_config(arch, gpu, q.dtype, heads, N, M, Dh, fills, biased, plain, packed)
     common = {
         **{"dout_ptr": dout, "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias_view},
         "statistics_ptr": torch.empty(*row_max.shape, 4, dtype=torch.float32, device=q.device),

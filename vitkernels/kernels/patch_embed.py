@@ -110,7 +110,7 @@ def _patch_embed_fwd_kernel(
                 x = tl.load(images_ptr + patches[:, None] + pixels[None, :])
                 weight = tl.load(weight_ptrs + depth[:, None])
             if mean_ptr is not None:
-                x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
+                x = _normalised(x, channel, depth < K, mean_ptr, std_ptr, CHANNELS, CHANNELS_LAST)
             x = x.to(weight_ptr.dtype.element_ty)
             acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # eq. (2)
         tokens = num_prefix + patch

@@ -101,7 +101,7 @@ def _patch_embed_dweight_kernel(
         g = g.to(DTYPE)
         x = tl.load(images_ptr + patches[:, None] + pixels[None, :], mask=inside[:, None] & (depth < K)[None, :], other=0)
         if mean_ptr is not None:  # beyond the last row no longer zero, but there g is
-            x = _normalised(x, channel, depth < K, mean_ptr, std_ptr)
+            x = _normalised(x, channel, depth < K, mean_ptr, std_ptr, CHANNELS, CHANNELS_LAST)
         acc = tl.dot(tl.trans(g), x.to(DTYPE), acc, input_precision=PRECISION)  # eq. (4)
     offsets = ((tl.program_id(2) * D + cols).to(tl.int64) * K)[:, None] + depth[None, :]
     tl.store(partial_ptr + offsets, acc, mask=(cols < D)[:, None] & (depth < K)[None, :])
