@@ -41,6 +41,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,9 +83,8 @@ def command(name: str, rows: Path, mode: str) -> list[str]:
     """What runs for a step; ``mode`` is ``gpu``, ``dry-run`` or ``compile-only``."""
     python = sys.executable
     if name == "tests":
-        selected = (
-            ["tests/test_layer_norm.py", "-k", "empty_and_single_rows"] if mode == "dry-run" else ["-m", "gpu and not slow"]
-        )
+        smallest = ["tests/test_registration.py", "-k", "kernel_and_reference"]
+        selected = smallest if mode == "dry-run" else ["-m", "gpu and not slow"]
         workers = 2 if mode == "dry-run" else max(1, min(12, (os.cpu_count() or 1) - 2))
         xdist = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
         plugins = ["-p", "no:cacheprovider", "-p", "round_pytest"]
@@ -194,12 +194,15 @@ def _read_archive(file: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return document, {name: content for name, content in tables.items() if re.fullmatch(r"\w+\.json", name)}
 
 
-def execute(arguments: list[str], env: dict[str, str], seconds: float, log: Path, every_second: Any = None) -> int | None:
-    """Exit status, None when its time was over. Its output is appended to the log as it comes."""
-    end = time.monotonic() + seconds
+def execute(
+    arguments: list[str], env: dict[str, str], seconds: float, log: Path, every_second: Callable[[], None] = lambda: None
+) -> tuple[int | None, str]:
+    """Exit status, None when its time was over, and output, which the log gets as it comes."""
+    code, end = None, time.monotonic() + seconds
     with log.open("ab") as file:
         file.write(f"\n$ {' '.join(arguments)}\n".encode())
         file.flush()
+        start = file.tell()
         child = subprocess.Popen(
             arguments,
             cwd=ROOT,
@@ -211,16 +214,17 @@ def execute(arguments: list[str], env: dict[str, str], seconds: float, log: Path
             preexec_fn=_die_with_parent,
         )
         try:
-            while (left := end - time.monotonic()) > 0:
+            while code is None and (left := end - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return child.wait(min(1.0, left))
-                if every_second is not None:
-                    every_second()
-            return None
+                    code = child.wait(min(1.0, left))
+                every_second()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with what it started: compile workers outlive their parent
             child.wait()
+    with log.open("rb") as file:
+        file.seek(start)
+        return code, file.read().decode(errors="replace")
 
 
 def _die_with_parent() -> None:
@@ -229,7 +233,7 @@ def _die_with_parent() -> None:
 
 def take(step: Step, seconds: float, the: Round, mode: str) -> None:
     """Run a step in at most so many seconds, and record what it found, each second too."""
-    rows, start, before = rows_file(the.scratch, step.name), time.monotonic(), the.log.stat().st_size if the.log.exists() else 0
+    rows, start = rows_file(the.scratch, step.name), time.monotonic()
     seen = -1
 
     def note() -> None:
@@ -242,13 +246,10 @@ def take(step: Step, seconds: float, the: Round, mode: str) -> None:
     note()
     try:
         env = environment_of(step.name, the.scratch, mode)
-        code = execute(command(step.name, rows, mode), env, seconds, the.log, note)
+        code, output = execute(command(step.name, rows, mode), env, seconds, the.log, note)
     except BaseException:  # the round is being stopped
         note()
         raise
-    with the.log.open("rb") as file:
-        file.seek(before)
-        output = file.read().decode(errors="replace")
     found = read_rows(rows)
     state, why = verdict(step.name, code, found, output)
     found += [{"id": "exit", "wrong": why}] if why else []
@@ -292,7 +293,7 @@ def extension(arch: str, scratch: Path, log: Path, mode: str) -> dict[str, Any]:
     target = ["--inplace"] if mode == "gpu" else ["--build-lib", str(scratch / "lib")]
     env |= {"VITKERNELS_BUILD_CUDA": "1" if mode == "gpu" else "0", "CUDAARCHS": arch}
     build = [sys.executable, "setup.py", "build_ext", *target, "--build-temp", str(scratch / "build")]
-    code = execute(build, env, BUILD_SECONDS, log)
+    code, _ = execute(build, env, BUILD_SECONDS, log)
     state = {0: "built", None: "cut"}.get(code, "wrong")
     return {"state": state, "seconds": round(time.monotonic() - start, 1)}
 

@@ -1,12 +1,14 @@
-"""``python benchmarks/report.py FILE.json... [--out DIR]``: Markdown tables on standard output, and plots in DIR.
+"""``python benchmarks/report.py FILE... [--out DIR]``: Markdown tables on standard output, and plots in DIR.
 
-The files are what ``pytest benchmarks/ --benchmark-only --benchmark-json FILE.json`` writes. Losses are in the same tables.
+The files are what ``pytest benchmarks/ --benchmark-only --benchmark-json FILE.json`` writes, and ``round.tar`` of
+``gpu_round.py``. Losses are in the same tables.
 A row whose path is ``reference`` ran PyTorch's operators: it is named so, and is in no plot of kernels.
 """
 
 import argparse
 import json
 import sys
+import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +33,20 @@ _OTHERS = ("#b4531f", "#7a5ba8", "#3aa6a6", "#c25b8a")
 def load(paths: Iterable[Path]) -> list[Row]:
     """The rows of all files; of a case and provider measured twice on one machine, the later."""
     found: dict[tuple, Row] = {}
-    for path in paths:
-        for benchmark in json.loads(path.read_text())["benchmarks"]:
-            row = benchmark["extra_info"]
-            if "provider" in row:  # other benchmarks may share the file
-                found[machine(row), *_case(row), row["provider"]] = row
+    for row in (row for path in paths for row in (_of_a_round(path) if path.suffix == ".tar" else _of_benchmarks(path))):
+        if "provider" in row:  # other benchmarks may share the file
+            found[machine(row), *_case(row), row["provider"]] = row
     return list(found.values())
+
+
+def _of_benchmarks(path: Path) -> list[Row]:
+    return [benchmark["extra_info"] for benchmark in json.loads(path.read_text())["benchmarks"]]
+
+
+def _of_a_round(path: Path) -> list[Row]:
+    with tarfile.open(path) as tar:
+        document = json.load(tar.extractfile("round.json"))
+    return [{**row, "environment": document["environment"]} for step in document["steps"] for row in step["rows"]]
 
 
 def machine(row: Row) -> str:
@@ -322,7 +332,7 @@ def _dress(panel: Any, rows: list[Row], label: str, key: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the plots there")
     gbs = f"the chip's measured copy bandwidth, the floor of operators (default: {GBS_H200:,g}, an H200)"
     tflops = f"its measured dense bfloat16 rate (default: {TFLOPS_H200:g}, an H200)"

@@ -119,7 +119,7 @@ def versions(the: Round) -> None:
 
     from vitkernels.cli import _environment
 
-    the.tell("environment", **_environment.environment())
+    the.tell("environment", device=str(the.device), **_environment.environment())
     (workload,) = the.workloads("B/16")
     the.contest(bench_layer_norm, Case("layer_norm", workload, the.batch(LARGE), "infer"), ["eager", "fused"])
 

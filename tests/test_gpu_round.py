@@ -1,66 +1,329 @@
-"""``benchmarks/gpu_round.py``: a dry run takes every step, and what goes wrong in one is told and does not end the round."""
+"""``benchmarks/gpu_round.py``: a dry run takes every step, and however a round ends, what it had found is in its archive."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "gpu_round.py"
-STEPS = ["build", "environment", "tests", "sanitizer", "tune", "kernels", "models", "compiled", "sweeps"]
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+NAMES = ["versions", "operators", "host", "kernels", "gemms", "models", "small_and_training", "compiled", "tests", "memcheck"]
+STUBBED = ("versions", "kernels", "models", "small_and_training", "compiled")
 
 
 @pytest.fixture
 def gpu_round(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(FOLDER))
     import gpu_round
 
     return gpu_round
 
 
+def contents(archive):
+    with tarfile.open(archive) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def document(archive):
+    return json.loads(contents(archive)["round.json"])
+
+
+def started(*arguments):
+    command = [sys.executable, str(FOLDER / "gpu_round.py"), "--dry-run", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def written(path, **steps):
+    """An archive of a dry run; the steps by name: (state, rows)."""
+    steps = [{"name": name, "state": state, "seconds": 1.0, "rows": rows} for name, (state, rows) in steps.items()]
+    found = {"format": 1, "environment": {"mode": "dry-run", "gpu": "none"}, "steps": steps}
+    (path.parent / "round.json").write_text(json.dumps(found))
+    with tarfile.open(path, "w") as tar:
+        tar.add(path.parent / "round.json", "round.json")
+    return path
+
+
+# The real steps.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
+def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
+    """It has two minutes; here, beside another test, four."""
+    done = started("--out", tmp_path / "out")
+    output, _ = done.communicate(timeout=240)
+    assert done.returncode == 0, output
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["round.tar"]
+    found = contents(tmp_path / "out" / "round.tar")
+    assert sorted(found) == ["round.json", "round.log", "tuned/nvidia_h100_80gb_hbm3.json"]
+    assert sum(map(len, found.values())) < 2**20
+    whole = json.loads(found["round.json"])
+    assert set(whole) == {"format", "environment", "steps"}
+    assert whole["environment"]["torch"] == torch.__version__
+    assert whole["environment"]["mode"] == "dry-run"
+    assert [step["name"] for step in whole["steps"]] == NAMES
+    assert all(set(step) == {"name", "state", "seconds", "rows"} for step in whole["steps"])
+    assert {step["name"]: step["state"] for step in whole["steps"]} == dict.fromkeys(NAMES, "ok"), output
+    rows = {step["name"]: {row["id"]: row for row in step["rows"]} for step in whole["steps"]}
+    assert all(len(rows[step["name"]]) == len(step["rows"]) for step in whole["steps"])  # no id twice
+    assert rows["operators"].keys() == rows["memcheck"].keys() >= {"layer_norm_fwd", "attention_qkv_bwd", "mlp_fwd"}
+    for name in STUBBED:
+        assert [row for row in rows[name].values() if row.get("path") == "stub"], name
+    assert rows["models"].keys() >= {"model-test-infer-b2 inference-graph", "model-test-infer-b2 plan-triton"}
+    assert rows["kernels"].keys() >= {"copy", "gemm", "attention_qkv-test-backward-b2 fused"}
+    table = json.loads(found["tuned/nvidia_h100_80gb_hbm3.json"])
+    assert {f"linear {key}" for key in table["linear"]} == rows["gemms"].keys()
+    assert len(rows["tests"]) == 17
+    assert "times eager" not in output  # the times of a dry run mean nothing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("operators", signal.SIGKILL),  # Python, interpreted
+        ("kernels", signal.SIGTERM),  # Python, with the stub driver
+        ("gemms", signal.SIGKILL),  # which leaves a table, too
+        ("tests", signal.SIGKILL),  # pytest, in several processes
+        ("memcheck", signal.SIGINT),
+    ],
+)
+def test_a_round_that_is_killed_in_the_middle_of_a_step_leaves_what_that_had_found(tmp_path, name, how):
+    earlier = {other: ("ok", [{"id": "earlier"}]) for other in NAMES if other != name}
+    child = started("--out", tmp_path / "out", "--resume", written(tmp_path / "earlier.tar", **earlier))
+    archive, deadline, steps = tmp_path / "out" / "round.tar", time.monotonic() + 120, {}
+    while not steps.get(name, {}).get("rows") and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        if archive.exists():
+            steps = {step["name"]: step for step in document(archive)["steps"]}
+    child.send_signal(how)
+    output = child.communicate(timeout=60)[0]
+    found = {step["name"]: step for step in document(archive)["steps"]}
+    assert found[name]["state"] == "cut", output
+    assert found[name]["rows"][: len(steps[name]["rows"])] == steps[name]["rows"] != []
+    assert all(found[other]["state"] == "ok" for other in NAMES if other != name)
+    assert ("tuned/nvidia_h100_80gb_hbm3.json" in contents(archive)) == (name == "gemms")
+    assert child.returncode in (-how, 128 + how, 1)
+    with contextlib.suppress(ProcessLookupError):  # nothing of it goes on
+        while time.monotonic() < deadline:
+            os.killpg(child.pid, 0)
+            time.sleep(0.1)
+        pytest.fail("a step outlived its round")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles with the stub driver")
+def test_kernels_can_be_compiled_beforehand(tmp_path):
+    rows = tmp_path / "rows"
+    command = [sys.executable, str(FOLDER / "round_steps.py"), "versions", "--rows", str(rows), "--compile-only"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(command, env=env, check=True, timeout=120)
+    (kernel,) = (tmp_path / "cache").rglob("_layer_norm_fwd_kernel.json")
+    assert json.loads(kernel.read_text())["target"]["arch"] == 90
+    assert kernel.with_suffix(".cubin").exists()
+    assert [json.loads(line)["id"] for line in rows.read_text().splitlines()][1:] == ["layer_norm-B_16-infer-b256 fused"]
+
+
+# Scripted steps.
+
+
 @pytest.fixture
 def play(gpu_round, monkeypatch, tmp_path):
-    """Play a round of scripted steps; its exit code, and what the summary says of each."""
+    """Play a round whose steps run the given scripts, by name, and the others nothing; exit code and steps by name.
 
-    def play(*scripts, budget=60.0, force=False, name="tests", seconds=20.0, least=5.0, **more):
-        commands = tuple((sys.executable, "-c", script) for script in scripts)
+    A script can ``tell(id, ...)``.
+    """
 
-        def steps(dry, scratch):
-            def read(folder):
-                return gpu_round._json(folder / "result.json")
+    def command(name, rows, mode):
+        tell = "def tell(id, **row):\n with ROWS.open('a') as f: f.write(json.dumps({'id': id, **row}) + '\\n')\n"
+        head = f"import json, pathlib, time\nROWS = pathlib.Path({str(rows)!r})\n{tell}"
+        return [sys.executable, "-c", head + scripts.get(name, "tell('done')")]
 
-            return [gpu_round.Step(name, commands, seconds, least, env={"SCRATCH": str(scratch)}, read=read, **more)]
+    scripts = {}
 
-        monkeypatch.setattr(gpu_round, "steps", steps)
-        code = gpu_round.run_round(tmp_path, budget, force, dry=True)
-        return code, json.loads((tmp_path / "summary.json").read_text())["steps"][0]
+    def play(budget=60.0, limits=None, resume=None, **by_name):
+        scripts.clear()
+        scripts.update(by_name)
+        if limits:
+            monkeypatch.setattr(gpu_round, "STEPS", tuple(gpu_round.Step(n, limits.get(n, 20.0)) for n in by_name))
+        monkeypatch.setattr(gpu_round, "command", command)
+        monkeypatch.setattr(gpu_round, "extension", lambda *_: {"state": "there"})
+        archive = tmp_path / "round.tar"
+        code = gpu_round.run_round(archive, budget, "dry-run", resume)
+        return code, {step["name"]: step for step in document(archive)["steps"]}
 
     return play
 
 
-def test_a_dry_run_takes_every_step(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    log = (tmp_path / "round.log").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + log
-    found = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["name"] for step in found["steps"]] == STEPS
-    assert {step["name"]: step["status"] for step in found["steps"]} == dict.fromkeys(STEPS, "ok"), log
-    assert {(row["subject"], row["provider"]) for row in found["rows"]} >= {("layer_norm", "fused"), ("model", "fused")}
-    assert found["ceilings"]["copy_gb_per_s"] > 0
-    assert found["ceilings"]["gemm_bf16_tflops"] > 0
-    assert json.loads((tmp_path / "tests.json").read_text())["passed"] == 4
-    assert re.search(r"^tests +ok .* 4 passed", done.stdout, re.MULTILINE)
-    files = list(tmp_path.iterdir())
-    assert len(files) <= len(STEPS) + 1
-    assert sum(file.stat().st_size for file in files) < 2**20
-    assert all(re.fullmatch(r"[\w.-]+", file.name) and file.stat().st_size < 16 * 2**20 for file in files)
+def test_a_step_over_its_time_is_cut_and_keeps_what_it_had_found(play):
+    code, steps = play(limits={"kernels": 1.5}, kernels="tell('a', us=1); time.sleep(60)", models="tell('b')")
+    assert code == 0
+    assert (steps["kernels"]["state"], steps["kernels"]["rows"]) == ("cut", [{"id": "a", "us": 1}])
+    assert steps["models"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("script", "row"),
+    [
+        ("tell('a', wrong='3 is not 4')", {"id": "a", "wrong": "3 is not 4"}),
+        ("tell('a'); raise SystemExit(3)", {"id": "exit", "wrong": "exit status 3: no output"}),
+        ("import os; tell('a'); os.abort()", {"id": "exit", "wrong": "exit status -6: no output"}),
+        ("raise ValueError('no nails')", {"id": "exit", "wrong": "exit status 1: ValueError: no nails"}),
+        ("pass", {"id": "exit", "wrong": "it ended well and left no result"}),
+    ],
+)
+def test_what_is_wrong_is_told_and_the_round_goes_on(play, capsys, script, row):
+    code, steps = play(limits={"kernels": 20.0}, kernels=script, models="tell('b')")
+    assert (code, steps["kernels"]["state"], steps["kernels"]["rows"][-1]) == (1, "wrong", row)
+    assert steps["models"]["state"] == "ok"
+    assert row["wrong"] in capsys.readouterr().out
+
+
+def test_a_wrong_row_is_wrong_even_where_time_ran_out(play):
+    code, steps = play(limits={"kernels": 1.5}, kernels="tell('a', wrong='nan'); time.sleep(60)")
+    assert (code, steps["kernels"]["state"]) == (1, "wrong")
+
+
+def test_a_wrong_operator_ends_the_round(play):
+    code, steps = play(limits={"operators": 20.0}, versions="tell('v')", operators="tell('a', wrong='nan')", host="tell('h')")
+    assert (code, steps["versions"]["state"], steps["operators"]["state"]) == (1, "ok", "wrong")
+    assert (steps["host"]["state"], steps["host"]["rows"]) == ("skipped", [{"id": "skipped", "reason": "an operator is wrong"}])
+
+
+def test_time_that_is_short_is_missing_at_the_end(gpu_round, monkeypatch, tmp_path):
+    """Every step takes all that it is given, and a clock stands for the minutes."""
+    now, given = [0.0], {}
+
+    def take(step, seconds, the, mode):
+        given[step.name] = seconds
+        now[0] += seconds
+        the.record(step.name, "cut", seconds, [])
+
+    def extension(*_):
+        now[0] += 7.0
+        return {"state": "built"}
+
+    monkeypatch.setattr(gpu_round.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_round, "take", take)
+    monkeypatch.setattr(gpu_round, "extension", extension)
+    gpu_round.run_round(tmp_path / "round.tar", gpu_round.BUDGET, "dry-run")
+    limits = {step.name: step.seconds for step in gpu_round.STEPS}
+    assert list(limits) == NAMES
+    assert gpu_round.BUDGET == 8 * 60 >= now[0]
+    assert {name: given[name] for name in NAMES[:-1]} == {name: limits[name] for name in NAMES[:-1]}
+    assert gpu_round.LEAST < given["memcheck"] < limits["memcheck"]
+
+
+def test_a_step_without_time_is_skipped_with_the_reason(play):
+    code, steps = play(budget=1.0, limits={"kernels": 20.0}, kernels="tell('a')")
+    assert (code, steps["kernels"]["state"], steps["kernels"]["rows"][0]["reason"]) == (0, "skipped", "1 s are left")
+
+
+def test_a_resumed_round_repeats_what_was_wrong_and_goes_on_where_it_was_cut(play, tmp_path):
+    earlier = {
+        "versions": ("ok", [{"id": "environment", "torch": "9.9"}]),
+        "host": ("wrong", [{"id": "h", "wrong": "nan"}]),
+        "kernels": ("cut", [{"id": "a"}]),
+        "models": ("skipped", [{"id": "skipped", "reason": "0 s are left"}]),
+    }
+    file = written(tmp_path / "earlier.tar", **earlier)
+    known = "known = {json.loads(line)['id'] for line in ROWS.read_text().splitlines()}; "
+    go_on = known + "[tell(id) for id in 'ab' if id not in known]"
+    scripts = {"versions": "raise SystemExit(1)", "host": "tell('h')", "kernels": go_on, "models": "tell('m')"}
+    code, steps = play(limits={"versions": 20.0}, resume=file, **scripts)
+    assert (code, {step["state"] for step in steps.values()}) == (0, {"ok"})
+    rows = {name: [row["id"] for row in step["rows"]] for name, step in steps.items()}
+    assert rows == {"versions": ["environment"], "host": ["h"], "kernels": ["a", "b"], "models": ["m"]}
+    assert document(tmp_path / "round.tar")["environment"]["torch"] == "9.9"
+
+
+def test_a_tuned_table_goes_along(gpu_round, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "gpu.json").write_text("{}")
+    environment = {"mode": "dry-run", "gpu": "none"}
+    gpu_round.Round(tmp_path / "a.tar", tmp_path, environment).save()
+    (tmp_path / "next").mkdir()
+    gpu_round.Round(tmp_path / "b.tar", tmp_path / "next", environment).resume(tmp_path / "a.tar")
+    assert (tmp_path / "next" / "tuned" / "gpu.json").read_text() == "{}"
+
+
+def test_a_round_of_another_machine_or_another_file_is_refused(gpu_round, tmp_path):
+    the = gpu_round.Round(tmp_path / "a.tar", tmp_path, {"mode": "gpu", "gpu": "NVIDIA H200"})
+    with pytest.raises(ValueError, match="is a round of gpu 'none', and this one is of 'NVIDIA H200'"):
+        the.resume(written(tmp_path / "earlier.tar"))
+    (tmp_path / "text").write_text("no archive")
+    with pytest.raises(ValueError, match="is no archive of a round"):
+        the.resume(tmp_path / "text")
+    with pytest.raises(ValueError, match="is no archive of a round"):
+        the.resume(tmp_path / "missing.tar")
+
+
+def test_nothing_of_an_archive_is_written_elsewhere(gpu_round, tmp_path):
+    (tmp_path / "evil").write_text("evil")
+    file = written(tmp_path / "earlier.tar")
+    with tarfile.open(file, "a") as tar:
+        tar.add(tmp_path / "evil", "tuned/../../evil.json")
+    scratch = tmp_path / "a" / "scratch"
+    scratch.mkdir(parents=True)
+    gpu_round.Round(tmp_path / "b.tar", scratch, {"mode": "dry-run", "gpu": "none"}).resume(file)
+    assert not list(tmp_path.rglob("evil.json"))
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "state"),
+    [
+        (99, "", "wrong"),
+        (None, "========= Invalid __global__ read of size 2 bytes", "wrong"),
+        (1, "========= ERROR SUMMARY: 2 errors", "wrong"),
+        (None, "========= COMPUTE-SANITIZER", "cut"),
+        (0, "========= ERROR SUMMARY: 0 errors", "ok"),
+    ],
+)
+def test_what_the_sanitizer_found_makes_a_round_wrong(gpu_round, code, output, state):
+    assert gpu_round.verdict("memcheck", code, [{"id": "a"}], output)[0] == state
+
+
+def test_commands_on_a_gpu(gpu_round, tmp_path):
+    memcheck = gpu_round.command("memcheck", tmp_path / "rows", "gpu")
+    assert memcheck[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+    assert memcheck[memcheck.index(sys.executable) + 2] == "operators"
+    tests = gpu_round.command("tests", tmp_path / "rows", "gpu")
+    assert tests[-2:] == ["-m", "gpu and not slow"]
+    assert "round_pytest" in tests
+    assert gpu_round.command("models", tmp_path / "rows", "gpu")[-1] == str(tmp_path / "rows")
+
+
+def test_the_extension_is_built_for_the_gpu_that_is_there(gpu_round, monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(gpu_round, "execute", lambda arguments, env, *_: built.append((arguments, env)) or (0, ""))
+    for architectures, state in ((["sm_80", "sm_90"], "there"), (["sm_80"], "built"), ([], "built")):
+        monkeypatch.setattr(gpu_round, "_build_info", lambda *_, found=architectures: {"architectures": found})
+        assert gpu_round.extension("90", tmp_path, tmp_path / "log", "gpu")["state"] == state
+    assert [(env["VITKERNELS_BUILD_CUDA"], env["CUDAARCHS"]) for _, env in built] == [("1", "90")] * 2
+    monkeypatch.setattr(gpu_round, "execute", lambda *_: (1, ""))
+    assert gpu_round.extension("90", tmp_path, tmp_path / "log", "gpu")["state"] == "wrong"
+
+
+def test_the_log_is_bounded(gpu_round, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_round, "LOG_BYTES", 100)
+    (tmp_path / "round.log").write_text("a" * 1000 + "end")
+    gpu_round.Round(tmp_path / "a.tar", tmp_path, {}).save()
+    assert contents(tmp_path / "a.tar")["round.log"].decode() == "a" * 97 + "end"
+
+
+def test_losses_are_in_the_table(gpu_round):
+    rows = [
+        {"id": "a fused", "provider": "fused", "ratio_to_eager": 0.9},
+        {"id": "a eager", "provider": "eager", "ratio_to_eager": 1},
+    ]
+    found = {"environment": {"mode": "gpu"}, "steps": [{"rows": rows}]}
+    assert [re.sub(r"\s+", " ", text) for text in gpu_round.ratios(found)] == ["a fused 0.90 times eager's speed"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--out", "x", "--budget", "0"], ["--out", "x", "--what"]])
@@ -69,8 +332,8 @@ def test_bad_arguments(gpu_round, arguments):
         gpu_round.main(arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(gpu_round, tmp_path, capsys):
+def test_no_gpu(gpu_round, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="2"):
         gpu_round.main(["--out", str(tmp_path / "out")])
     assert "--dry-run" in capsys.readouterr().err
@@ -79,179 +342,23 @@ def test_no_gpu(gpu_round, tmp_path, capsys):
 
 def test_imports_nothing_but_python():
     code = "import sys; sys.modules.update(dict.fromkeys(('timm', 'torch', 'vitkernels'))); import gpu_round"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)}, check=True, timeout=60)
 
 
-def test_what_is_done_is_not_repeated(play, tmp_path):
-    count = "import os; open({!r}, 'a').write('x')".format(str(tmp_path / "count"))
-    assert play(count)[1]["status"] == "ok"
-    assert play(count)[1]["reason"] == "done before"
-    assert (tmp_path / "count").read_text() == "x"
-    play(count, force=True)
-    assert (tmp_path / "count").read_text() == "xx"
+# The plugin of step tests.
 
 
-def test_what_failed_is_repeated(play):
-    code, step = play("raise SystemExit('no nails')", name="models")
-    assert (code, step["status"], step["reason"], step["ok"]) == (0, "failed", "no nails", False)
-    assert play("", name="models")[1]["status"] == "ok"
-
-
-@pytest.mark.parametrize("in_background", [False, True])  # where shells have Ctrl-C ignored
-def test_a_step_over_its_time_is_interrupted_and_keeps_what_it_has(play, tmp_path, in_background):
-    script = """
-import os, pathlib, time
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    pathlib.Path(os.environ["SCRATCH"], "result.json").write_text('{"benchmarks": [], "kept": 1}')
-"""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
-    try:
-        code, step = play(script, "print('never')", name="kernels", seconds=2.0, least=1.0)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (code, step["status"], step["ok"]) == (0, "timeout", False)
-    assert json.loads((tmp_path / "kernels.json").read_text())["kept"] == 1
-    assert "never" not in (tmp_path / "round.log").read_text()  # its time is over, so the next command is not begun
-
-
-def test_a_step_that_does_not_fit_is_skipped(play):
-    code, step = play("", budget=1.0)
-    assert (code, step["status"], step["reason"]) == (0, "skipped", "0 s are left to it")
-
-
-def test_the_default_round_ends_within_nine_minutes_and_every_step_gets_its_least(gpu_round, monkeypatch, tmp_path):
-    """Every step takes all that it is given, a clock stands for the hours, and the extension is missing."""
-    now, given = [0.0], {}
-
-    def take(step, dry, left, scratch, log):
-        given[step.name] = min(left, step.seconds)
-        assert given[step.name] >= step.least
-        now[0] += given[step.name] + gpu_round.GRACE  # interrupted, and slow to write
-        return gpu_round._record(step, "ok", "")
-
-    monkeypatch.setattr(gpu_round.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(gpu_round, "take", take)
-    monkeypatch.setattr(gpu_round, "absent", lambda step: [])
-    monkeypatch.setattr(gpu_round, "_is_done", lambda *_: False)
-    gpu_round.run_round(tmp_path, gpu_round.BUDGET, False, dry=False)
-    assert list(given) == STEPS
-    assert now[0] <= gpu_round.BUDGET
-    assert gpu_round.BUDGET < 9 * 60
-    assert any(given[step.name] < step.seconds for step in gpu_round.steps(False, tmp_path))
-
-
-def test_the_least_of_a_later_step_is_kept_for_it(gpu_round, monkeypatch, tmp_path):
-    sleep = (sys.executable, "-c", "import time; time.sleep(60)")
-    monkeypatch.setattr(gpu_round, "GRACE", 1.0)
-    monkeypatch.setattr(
-        gpu_round,
-        "steps",
-        lambda dry, scratch: [
-            gpu_round.Step("kernels", (sleep,), 60, 1),
-            gpu_round.Step("absent", (sleep,), 60, 50, ("no-such-tool",)),  # nothing is kept for what cannot run
-            gpu_round.Step("models", ((sys.executable, "-c", ""),), 60, 6),
-        ],
-    )
-    assert gpu_round.run_round(tmp_path, 12.0, False, dry=True) == 0
-    first, _, last = json.loads((tmp_path / "summary.json").read_text())["steps"]
-    assert first["status"] == "timeout"
-    assert 1 < first["seconds"] < 8
-    assert last["status"] == "ok"
-
-
-def test_an_interrupted_step_adds_to_what_it_had_measured(play, tmp_path):
-    script = """
-import json, os, pathlib, time
-rows = [{{"fullname": name, "extra_info": {{}}}} for name in {names!r}]
-pathlib.Path(os.environ["SCRATCH"], "result.json").write_text(json.dumps({{"benchmarks": rows}}))
-time.sleep({seconds})
-"""
-    play(script.format(names=["a", "b"], seconds=60), name="models", seconds=2.0, least=1.0)
-    assert play(script.format(names=["b", "c"], seconds=0), name="models")[1]["status"] == "ok"
-    rows = json.loads((tmp_path / "models.json").read_text())["benchmarks"]
-    assert [row["fullname"] for row in rows] == ["a", "b", "c"]
-
-
-def test_ctrl_c_leaves_the_benchmarks_that_pytest_had_measured(gpu_round, tmp_path):
-    """What a time limit sends to pytest-benchmark: the file is written, with the case that was done."""
-    (tmp_path / "bench_two.py").write_text(
-        "import os, signal, time\n"
-        "def test_first(benchmark): benchmark(lambda: 0)\n"
-        "def test_second(): os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-    )
-    file = tmp_path / "two.json"
-    command = (*gpu_round.PYTEST, str(tmp_path / "bench_two.py"), "-c", "/dev/null", f"--benchmark-json={file}")
-    env = gpu_round.environment_of(gpu_round.Step("models", (), 1, 1), dry=True)
-    code, _ = gpu_round.execute(command, env, 120.0, tmp_path / "round.log")
-    assert code == 2
-    assert [row["name"] for row in json.loads(file.read_text())["benchmarks"]] == ["test_first"]
-
-
-def test_the_tuned_table_of_a_round_lies_in_its_folder(play, tmp_path):
-    code, step = play("import os; print(os.environ['VITKERNELS_CACHE']); exit(3)", name="tune")
-    assert (code, step["reason"]) == (0, str(tmp_path))
-
-
-def test_a_wrong_candidate_of_tuning_fails_the_round(play):
-    code, step = play("print('vitkernels: error: linear fc1: pointer 64x64x32 is wrong: error nan'); exit(1)", name="tune")
-    assert (code, step["wrong"]) == (1, True)
-
-
-def test_a_skip_does_not_hide_an_earlier_failure(play, tmp_path):
-    assert play("raise SystemExit(1)")[0] == 1
-    before = (tmp_path / "tests.json").read_text()
-    code, step = play("", budget=1.0)
-    assert (code, step["status"], step["reason"]) == (1, "failed", "earlier; now skipped: 0 s are left to it")
-    assert (tmp_path / "tests.json").read_text() == before
-
-
-def test_a_dry_run_does_not_stand_for_a_round_on_a_gpu(play, tmp_path):
-    play("")
-    file = tmp_path / "tests.json"
-    file.write_text(file.read_text().replace('"dry_run": true', '"dry_run": false'))
-    assert play("raise SystemExit(1)")[0] == 1
-
-
-def test_a_missing_tool_is_a_reason(play):
-    code, step = play("", needs=("no-such-tool",))
-    assert (code, step["status"], step["reason"]) == (0, "skipped", "not here: no-such-tool")
-
-
-@pytest.mark.parametrize(
-    ("name", "script", "code"),
-    [
-        ("tests", "raise SystemExit(1)", 1),
-        ("tests", "import os; os.abort()", 1),
-        ("tests", "raise SystemExit(5)", 1),  # nothing was selected: no pass
-        ("sanitizer", "raise SystemExit(99)", 1),
-        ("sanitizer", "print('========= ERROR SUMMARY: 2 errors'); raise SystemExit(1)", 1),
-        ("sanitizer", "print('RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)')", 1),
-        ("sanitizer", "print('RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)')", 0),
-        ("sanitizer", "print('========= ERROR SUMMARY: 0 errors'); raise SystemExit(1)", 0),
-        ("kernels", "print('FAILED - Failed: fused is wrong at this shape: output 0'); raise SystemExit(1)", 1),
-        ("kernels", "print('FAILED - Failed: compile is wrong at this shape: output 0'); raise SystemExit(1)", 0),
-        ("sweeps", "raise SystemExit(1)", 1),
-        ("sweeps", "raise SystemExit(5)", 0),  # no slow test needs a GPU
-        ("build", "raise SystemExit(1)", 0),
-    ],
-)
-def test_the_exit_code_says_whether_correctness_failed(play, gpu_round, monkeypatch, name, script, code):
-    monkeypatch.setattr(gpu_round, "_is_done", lambda *_: False)
-    assert play(script, name=name)[0] == code
-
-
-def test_the_log_is_bounded(play, tmp_path, gpu_round):
-    play("print('a' * 10**6); print('end')", name="models")
-    log = (tmp_path / "round.log").read_text()
-    assert len(log) < gpu_round.OUTPUT_BYTES + 1000
-    assert log.endswith("end\n")
-
-
-def test_losses_are_in_the_table(gpu_round):
-    row = {"subject": "layer_norm", "workload": "B/16", "mode": "infer", "batch": 1, "path": "kernel", "ms": 0.1}
-    rows = [{**row, "provider": "fused", "ratio_to_eager": 0.9}, {**row, "provider": "eager", "ratio_to_eager": 1.0}]
-    found = gpu_round.summary([{"step": {"name": "kernels"}, "benchmarks": [{"extra_info": r} for r in rows]}])
-    assert [r["provider"] for r in found["rows"]] == ["fused", "eager"]
-    assert gpu_round.table({**found, "steps": []}).endswith("0.90  slower")
+def test_tests_are_taken_in_turns_those_of_operators_first_and_told_one_by_one(tmp_path):
+    for name, count in (("test_cli", 2), ("test_linear", 2), ("test_mlp", 3)):
+        lines = [f"def test_{i}(): assert {i} < 2" for i in range(count)]
+        (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    rows = tmp_path / "rows"
+    rows.write_text(json.dumps({"id": "test_linear.py::test_0"}) + "\n")
+    env = {**os.environ, "PYTHONPATH": str(FOLDER), "VITKERNELS_ROUND_ROWS": str(rows)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "round_pytest", "-c", os.devnull]
+    done = subprocess.run([*command, "--rootdir", str(tmp_path), str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = [json.loads(line) for line in rows.read_text().splitlines()][1:]
+    linear, mlp, cli = ([f"{name}.py::test_{i}" for i in range(3)] for name in ("test_linear", "test_mlp", "test_cli"))
+    assert [row["id"] for row in found] == [linear[1], *mlp, *cli[:2]]  # test 0 of linear was known
+    assert [row["id"] for row in found if "wrong" in row] == [mlp[2]]
