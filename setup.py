@@ -1,6 +1,7 @@
 """Drives CMake over csrc/ to build vitkernels._C; everything else about the package is in pyproject.toml.
 
 VITKERNELS_BUILD_CUDA: auto (default) builds the CUDA part when nvcc is found, 1 insists on it, 0 leaves it out.
+CUDAARCHS: the architectures to build it for, as CMake has them ("90", "80;90"); default: all of sm_80 to sm_120.
 """
 
 import importlib

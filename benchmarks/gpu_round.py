@@ -101,7 +101,8 @@ def command(name: str, rows: Path, mode: str) -> list[str]:
 
 def environment_of(name: str, scratch: Path, mode: str) -> dict[str, str]:
     """A child imports this tree, and finds and leaves the tuned table in ``scratch``."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    ours = ("TRITON_INTERPRET", "VITKERNELS_BACKEND")
+    env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTEST_")}
     paths = [str(ROOT), str(ROOT / "benchmarks"), env.get("PYTHONPATH")]
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VITKERNELS_CACHE": str(scratch), "PYTHONUNBUFFERED": "1"}
     env["VITKERNELS_ROUND_ROWS"] = str(rows_file(scratch, name))

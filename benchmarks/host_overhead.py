@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import stub_driver
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 BATCH, TOKENS, WIDTH, HEADS, PATCH, IMAGE = 2, 16, 64, 1, 16, 64
 CUBLAS_US = 5.0  # of the host, for each product
@@ -54,29 +57,30 @@ class Cublas:
 
     def __init__(self) -> None:
         self.products = 0
-        self._results: dict[Any, Iterator[Any]] = {}
+        self._results: dict[Any, Iterator[Tensor]] = {}
 
-    def _product(self, a: Any, rows: int, columns: int) -> Any:
+    def _product(self, a: Tensor, *columns: int) -> Tensor:
+        """Of ``a`` (..., K) and a matrix of so many columns, or a vector."""
         self.products += 1
-        key = rows, columns, a.dtype
-        if key not in self._results:  # several in turn: two results of one operator must not share their memory
-            self._results[key] = itertools.cycle([a.new_zeros(rows, columns) for _ in range(16)])
-        return next(self._results[key]).detach()  # a tensor of its own, which autograd may keep as a gradient
+        shape = (*a.shape[:-1], *columns)
+        if (shape, a.dtype) not in self._results:  # several in turn: two results of one operator must not share their memory
+            self._results[shape, a.dtype] = itertools.cycle([a.new_zeros(shape) for _ in range(16)])
+        return next(self._results[shape, a.dtype]).detach()  # a tensor of its own, which autograd may keep as a gradient
 
-    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        return self._product(x, x.shape[0], weight.shape[0])
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():  # of a layer that is not ours
+            return linear(x, weight, bias)
+        return self._product(x, weight.shape[0])
 
-    def matmul(self, a: Any, b: Any) -> Any:
-        return self._product(a, a.shape[0], b.shape[1])
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._product(a, *b.shape[1:][-1:])
 
-    def addmm(self, c: Any, a: Any, b: Any, **options: Any) -> Any:
-        return self._product(a, a.shape[0], b.shape[1])
+    def addmm(self, c: Tensor, a: Tensor, b: Tensor, **options: bool) -> Tensor:
+        return self._product(a, b.shape[-1])
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """The four ways in which vitkernels asks PyTorch for a product of matrices."""
-        import torch
-
         places = (
             (torch.nn.functional, "linear", self.linear),
             (torch, "addmm", self.addmm),
@@ -165,11 +169,9 @@ def _row(name: str, stub: stub_driver.StubDriver, ours: Contender, timm: Contend
 
 def operator_rows(stub: stub_driver.StubDriver) -> Iterator[Row]:
     """The public operators, without gradients."""
-    import torch
-
     import vitkernels as vk
 
-    def draw(*shape: int) -> torch.Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(*shape).bfloat16()
 
     ops, D = vk.ops, WIDTH
@@ -194,7 +196,6 @@ def operator_rows(stub: stub_driver.StubDriver) -> Iterator[Row]:
 
 def block_rows(stub: stub_driver.StubDriver) -> Iterator[Row]:
     """A block, fused, beside timm's."""
-    import torch
     from timm.models.vision_transformer import Block
 
     import vitkernels as vk
@@ -206,10 +207,10 @@ def block_rows(stub: stub_driver.StubDriver) -> Iterator[Row]:
     def fused(dtype: torch.dtype, **options: bool) -> torch.nn.Module:
         return vk.fuse(torch.nn.Sequential(copy.deepcopy(stock).to(dtype)), **options)[0]
 
-    def infer(block: Callable[..., object], x: torch.Tensor) -> Callable[[], object]:
+    def infer(block: Callable[..., object], x: Tensor) -> Callable[[], object]:
         return lambda: block(x)
 
-    def train(block: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    def train(block: torch.nn.Module, x: Tensor) -> Callable[[], object]:
         leaf, gradient, parameters = x.clone().requires_grad_(), torch.randn_like(x), list(block.parameters())
 
         def step() -> None:
@@ -257,8 +258,6 @@ def main() -> int:
         stub = stub_driver.install()
     except RuntimeError as reason:
         parser.error(str(reason))
-    import torch
-
     from vitkernels.cli import _environment
 
     torch.set_num_threads(1)

@@ -411,6 +411,65 @@ def test_the_report_refuses_a_file_without_rows(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "no benchmark rows in these files\n")
 
 
+def test_every_way_to_run_a_model_of_ours_passes_its_gate(protocol):
+    import bench_models
+    import providers
+    from workloads import Case, Workload
+
+    case = Case("model", Workload("test", "test_vit", 101, 64, 6, 2, 192, 16, 160, 2, 2), 2, "infer")
+    contest = bench_models.contest(case, torch.device("cpu"), "small")
+    assert set(providers.OURS) == {"fused", "plan-cublas", "plan-triton", "inference", "auto"}
+    for name in (*providers.OURS, "inference-graph", "eager-graph"):
+        contender = contest.build(name)
+        contender.check()
+        assert contender.step().shape == (2, 1000)
+    with torch.no_grad():
+        contest._models[-1].head.weight.mul_(2)  # after eager's result was kept
+    with pytest.raises(AssertionError, match="output error"):
+        contest.build("fused").check()
+
+
+def test_a_backward_is_measured_without_its_forward(protocol):
+    import providers
+
+    calls = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls.append("forward")
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            calls.append("backward")
+            return 2 * dy * ctx.saved_tensors[0]
+
+    x = torch.randn(4)
+    functions = {"eager": lambda: (torch.square, "pytorch"), "fused": lambda: (Square.apply, "kernel")}
+    contender = providers.KernelContest(functions, (x,), (torch.ones(4),), "backward").build("fused")
+    contender.check()
+    calls.clear()
+    (gradient,) = contender.step()
+    contender.step()
+    assert calls == ["backward", "backward"]
+    torch.testing.assert_close(gradient, 2 * x)
+
+
+def test_nothing_is_checked_behind_a_driver_that_does_nothing(protocol):
+    def check():
+        raise AssertionError("nothing was computed")
+
+    contenders = {
+        name: protocol.Contender(path, lambda: None, check, lambda: None) for name, path in (("a", "stub"), ("b", "kernel"))
+    }
+    contenders["eager"] = protocol.Contender("pytorch", lambda: None, lambda: None, lambda: None)
+    found = protocol.measure(contenders, contenders.__getitem__, torch.device("cpu"), 1, kernel=True)
+    assert found["a"].row["path"] == "stub"
+    assert found["b"].failure == "b is wrong at this shape: nothing was computed"
+
+
 def test_sizes_and_devices_have_cases_and_ids_that_k_takes(protocol):
     import workloads
 

@@ -37,7 +37,7 @@ def tree(tmp_path):
 
 def run(tree, *arguments, **variables):
     """Runs this Python in `tree`; what the machine's owner set for builds is left out."""
-    owners = ("CXX", "CXXFLAGS", "CUDACXX", "VITKERNELS_BUILD_CUDA")
+    owners = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAARCHS", "VITKERNELS_BUILD_CUDA")
     environment = {k: v for k, v in os.environ.items() if k not in owners and not k.startswith("PIP_")}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=tree, env=environment | variables, capture_output=True, text=True)
@@ -125,6 +125,23 @@ if module.cuda_versions()[1] is None:
     known = [number for number in ARCHITECTURES if f"compute_{number}" in listed]
     assert architectures.split() == [*(f"sm_{number}" for number in known), f"compute_{known[-1]}"]
     assert not error or error[0].startswith("resampling: "), error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("wanted", "architectures"), [("90", ["sm_90", "compute_90"]), ("7", None)])
+def test_cuda_is_built_for_the_architectures_that_were_asked_for(tree, tmp_path, wanted, architectures):
+    folders = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    built = run(tree, "setup.py", "build_ext", *folders, VITKERNELS_BUILD_CUDA="1", CUDAARCHS=wanted)
+    if architectures is None:
+        assert built.returncode != 0
+        assert f"compiles for none of the architectures {wanted}" in " ".join((built.stdout + built.stderr).split())
+        return
+    assert built.returncode == 0, built.stdout + built.stderr
+    (extension,) = tmp_path.glob("lib/vitkernels/_C*")
+    code = f"import test_build; print(test_build.load_extension({str(extension)!r}).build_info()['architectures'])"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert loaded.stdout.strip() == str(architectures), loaded.stderr
 
 
 @pytest.mark.parametrize(

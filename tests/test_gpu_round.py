@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,10 @@ def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
     assert {f"linear {key}" for key in table["linear"]} == rows["gemms"].keys()
     assert len(rows["tests"]) == 17
     assert "times eager" not in output  # the times of a dry run mean nothing
+    report = [sys.executable, str(FOLDER / "report.py"), str(tmp_path / "out" / "round.tar")]
+    tables = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\| test \| infer \| 2 \| bfloat16 \| inference-graph \(stub\) \|", tables)
+    assert re.search(r"\| attention_qkv \| test \| backward \| 2 \| bfloat16 \| fused \(stub\) \|", tables)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
@@ -343,6 +348,46 @@ def test_no_gpu(gpu_round, tmp_path, capsys, monkeypatch):
 def test_imports_nothing_but_python():
     code = "import sys; sys.modules.update(dict.fromkeys(('timm', 'torch', 'vitkernels'))); import gpu_round"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)}, check=True, timeout=60)
+
+
+# What a step tells.
+
+
+@pytest.fixture
+def round_steps(gpu_round):
+    import round_steps
+
+    return round_steps
+
+
+def test_only_ours_can_be_wrong(round_steps, monkeypatch, tmp_path):
+    import protocol
+
+    found = {
+        "eager": protocol.Outcome(row={"us": 2.0}),
+        "sdpa-cudnn": protocol.Outcome(failure="sdpa-cudnn does not run: RuntimeError"),
+        "sdpa-flash": protocol.Outcome(unavailable="needs another shape"),
+        "fused": protocol.Outcome(failure="fused is wrong at this shape"),
+        "inference-graph": protocol.Outcome(failure="inference-graph does not run"),
+    }
+    monkeypatch.setattr(protocol, "measure", lambda names, *_, **__: {name: found[name] for name in names})
+    case = SimpleNamespace(subject="model", workload=SimpleNamespace(name="S/16"), batch=1, mode="infer")
+    module = SimpleNamespace(contest=lambda *_: SimpleNamespace(build=None), DTYPE=lambda device: "bfloat16")
+    the = round_steps.Round(tmp_path / "rows", "dry-run")
+    the.contest(module, case, list(found), beside="x")
+    rows = {row["id"].split(" ")[-3]: row for row in round_steps.read_rows(tmp_path / "rows")}
+    assert [name for name, row in rows.items() if "wrong" in row] == ["fused", "inference-graph"]
+    assert [name for name, row in rows.items() if "unavailable" in row] == ["sdpa-cudnn", "sdpa-flash"]
+    assert rows["eager"]["us"] == 2.0
+    assert rows["eager"]["dtype"] == "bfloat16"
+
+
+def test_a_case_that_is_known_is_not_measured_again(round_steps, tmp_path):
+    (tmp_path / "rows").write_text('{"id": "case eager"}\n{"id": "case fused"}\n')
+    the = round_steps.Round(tmp_path / "rows", "dry-run")
+    the.contest(None, "case", ["eager", "fused"])  # would need a module
+    assert the.knows("case eager", "case fused")
+    assert not the.knows("case eager", "case compile")
 
 
 # The plugin of step tests.

@@ -68,12 +68,14 @@ def test_products_are_counted_and_come_back_with_their_shape(host_overhead):
     cublas, x, weight = host_overhead.Cublas(), torch.randn(6, 4), torch.randn(5, 4)
     with cublas.replaced():
         results = [torch.nn.functional.linear(x, weight), x @ weight.t(), torch.addmm(x.new_zeros(6, 5), x, weight.t())]
+        assert (torch.randn(2, 3, 4, 7) @ torch.randn(2, 3, 7, 5)).shape == (2, 3, 4, 5)
+        assert (x @ torch.randn(4)).shape == (6,)
     assert [t.shape for t in results] == [(6, 5)] * 3
-    assert cublas.products == 3
+    assert cublas.products == 5
     assert len({t.data_ptr() for t in results}) == 3
     assert torch.nn.functional.linear is linear
     torch.testing.assert_close(x @ weight.t(), linear(x, weight))
-    assert cublas.products == 3
+    assert cublas.products == 5
 
 
 def test_the_least_of_alternating_calls(host_overhead, monkeypatch):

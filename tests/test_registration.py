@@ -66,7 +66,7 @@ def assert_kernel_is_right(name, args):
     """
 
     def reference(convert):
-        with pytest.MonkeyPatch.context() as m:
+        with pytest.MonkeyPatch.context() as m, torch.device("cpu"):
             m.setattr("vitkernels._env.INTERPRETING", False)
             m.setattr("vitkernels._env.EXTENSION", None)
             return results(operator(*map(convert, args)))
