@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels import _env, _select
-from vitkernels.kernels import _tuned, linear_bwd
+from vitkernels.kernels import _device, _tuned, linear_bwd
 from vitkernels.kernels import linear as kernels
 from vitkernels.ops.linear import gemm_plan, why_not
 
@@ -40,7 +40,7 @@ EPILOGUES = list(itertools.product([False, True], repeat=3))  # LayerScale, drop
 @contextlib.contextmanager
 def running(variant):
     plan, arch = VARIANTS[variant]
-    if torch.cuda.is_available() and arch > f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}":
+    if ON_GPU and int(arch.removeprefix("sm_")) > _device.architecture(torch.device("cuda")):
         pytest.skip(f"this GPU is older than {arch}")
     with vk.backend("fused"), _select.planning(plan), _select.targeting(arch):
         yield
