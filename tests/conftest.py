@@ -19,6 +19,9 @@ from helpers import poisoned
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.install()
+else:
+    # cuDNN's convolutions are TF32 unless one says otherwise, and patch_embed follows their switch: float32 tests mean float32.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.hookimpl(tryfirst=True)

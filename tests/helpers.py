@@ -10,7 +10,16 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A module whose tests run kernels has `pytestmark = KERNEL_TESTS`: interpreted without a GPU, run by `-m gpu` with one.
-KERNEL_TESTS = [pytest.mark.gpu] if torch.cuda.is_available() else []
+ON_GPU = torch.cuda.is_available()
+KERNEL_TESTS = [pytest.mark.gpu] if ON_GPU else []
+
+
+def slow_on_gpu(test: Callable) -> Callable:
+    """Marks ``slow``, where there is a GPU, a test whose every case or example has a shape of its own.
+
+    There each shape compiles kernels of its own, a second or more; the interpreter, which compiles nothing, is as fast as ever.
+    """
+    return pytest.mark.slow(test) if ON_GPU else test
 
 
 def timm_since(version: str, what: str) -> pytest.MarkDecorator:

@@ -38,6 +38,7 @@ class Options:
     races: bool = True
     order: Order = "forward"
     tf32: bool = False
+    approximate: bool = False
 
 
 @dataclasses.dataclass
@@ -66,12 +67,16 @@ _installed = False
 
 
 @contextlib.contextmanager
-def checking(*, bounds: bool = True, races: bool = True, order: Order = "forward", tf32: bool = False) -> Iterator[None]:
-    """Options for the launches inside. `tf32`: fp32 dots that allow TF32, Triton's default, get the inputs it sees."""
+def checking(
+    *, bounds: bool = True, races: bool = True, order: Order = "forward", tf32: bool = False, approximate: bool = False
+) -> Iterator[None]:
+    """Options for the launches inside. `tf32`: fp32 dots that allow TF32, Triton's default, get the inputs it sees.
+    `approximate`: fp32 exponentials, divisions and erf err as much as the GPU's may.
+    """
     global _options
     if order not in ("forward", "reverse", "shuffle"):
         raise ValueError(f"order must be 'forward', 'reverse' or 'shuffle', got {order!r}")
-    before, _options = _options, Options(bounds, races, order, tf32)
+    before, _options = _options, Options(bounds, races, order, tf32, approximate)
     try:
         yield
     finally:
@@ -110,7 +115,10 @@ def install() -> None:
 
     if not isinstance(tl.standard._sum_combine, runtime.InterpretedFunction):
         raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set")
-    for repair in (_arithmetic, _casts, _reductions, _libdevice, _language, _arguments, _launches, _accesses, _order):
+    for repair in (
+        *(_arithmetic, _approximations, _casts, _reductions, _libdevice),
+        *(_language, _arguments, _launches, _accesses, _order),
+    ):
         repair(runtime, tl)
     _installed = True
 
@@ -181,6 +189,71 @@ def _arithmetic(runtime: types.ModuleType, tl: types.ModuleType) -> None:
 
 def _torch_function(function: Callable) -> Callable[[np.ndarray], np.ndarray]:
     return lambda values: function(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+
+
+# approximations
+
+# Largest errors in ulp. Triton 3.6 and 3.8 compile tl.exp2, tl.exp and tl.erf to ex2.approx.ftz.f32 and what is around it,
+# and `/` to div.full.f32. The PTX ISA (floating-point instructions, ex2 and div) gives ex2.approx a relative error of 2^-22,
+# which is 2 ulp just above a power of two, and div.full 2 ulp over its whole range; CUDA's guide (mathematical functions)
+# gives erff 2 ulp. tl.div_rn and tl.sqrt_rn round correctly, and tl.log calls logf, which errs by 1 ulp.
+_APPROXIMATION_ULPS = 2.0
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
+
+
+def _noise(*operands: np.ndarray) -> np.ndarray:
+    """Pseudo-random numbers from -1 to 1 that follow from the operands' bits: a GPU errs alike wherever it sees them again."""
+    mixed = np.zeros((), np.uint32)
+    for operand in operands:
+        bits = np.ascontiguousarray(operand, np.float32).view(np.uint32).reshape(np.shape(operand))
+        mixed = (mixed ^ bits) * np.uint32(0x9E3779B1)
+        mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA6B)
+    return (mixed ^ (mixed >> np.uint32(13))).astype(np.float64) * 2.0**-31 - 1.0
+
+
+def _approximately(exact: np.ndarray, *operands: np.ndarray) -> np.ndarray:
+    """float32 of the float64 results `exact`, off by up to `_APPROXIMATION_ULPS`, the rounding to float32 included."""
+    ulps = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+    ulps = np.where((exact == 0) | ~np.isfinite(ulps), 0.0, ulps)
+    return (exact + (_APPROXIMATION_ULPS - 0.5) * ulps * _noise(*operands)).astype(np.float32)
+
+
+def _exponential_of(function: Callable) -> Callable[[np.ndarray], np.ndarray]:
+    def exponential(values: np.ndarray) -> np.ndarray:
+        result = _approximately(function(values.astype(np.float64)), values)
+        result = np.where(values == 0, np.float32(1), result)  # by the table of ex2's special values
+        return np.where(result < _SMALLEST_NORMAL, np.float32(0), result)  # ftz; NaN is not smaller
+
+    return exponential
+
+
+def _quotient(lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    return _approximately(lhs.astype(np.float64) / rhs, *np.broadcast_arrays(lhs, rhs))
+
+
+def _erf(values: np.ndarray) -> np.ndarray:
+    exact = _torch_function(torch.erf)(values.astype(np.float64))
+    # Far out CUDA's is 1: erff is 1 minus an exponential.
+    return np.where(np.abs(exact.astype(np.float32)) == 1, exact.astype(np.float32), _approximately(exact, values))
+
+
+def _approximations(runtime: types.ModuleType, tl: types.ModuleType) -> None:
+    builder = runtime.InterpreterBuilder
+
+    def install(name: str, approximation: Callable) -> None:
+        original = getattr(builder, name)
+
+        def create(self: Any, *handles: Any) -> Any:
+            if _options.approximate and all(handle.dtype.scalar.is_fp32() for handle in handles):
+                return runtime.TensorHandle(approximation(*(handle.data for handle in handles)), tl.float32)
+            return original(self, *handles)
+
+        setattr(builder, name, create)
+
+    install("create_exp2", _exponential_of(np.exp2))
+    install("create_exp", _exponential_of(np.exp))
+    install("create_fdiv", _quotient)
+    install("create_erf", _erf)
 
 
 # casts

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from vitkernels.cli.inspect import violations
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton")
 
-# Two registers that the assembler of Triton 3.6 spills, at a number of registers that it chose itself (128 and 80).
-SPILLS = {
-    "3.6": (
-        "layer_norm: _layer_norm_bwd_kernel (D=384 bf16 add scaled, sm_100) spills 8 bytes of registers",
-        "layer_norm: _layer_norm_bwd_kernel (D=1280 autocast, sm_120) spills 8 bytes of registers",
-        "layer_norm: _layer_norm_bwd_kernel (D=1152 autocast, sm_120) spills 8 bytes of registers",
-    )
-}
 # Kernels that must spill, must not, take too much shared memory, use tensor cores; last a Triton without its disassembler.
 ON_PURPOSE = """
 import contextlib, io, json, shutil, sys
@@ -295,10 +286,9 @@ def test_a_missing_disassembler_is_named(on_purpose):
 @pytest.mark.slow
 def test_all_workloads_on_all_architectures(cache):
     result = inspect("--arch", "80,86,89,90,100,120", "--fail-on", "spills,smem,no-mma", "--json", cache=cache)
-    known = SPILLS.get(metadata.version("triton").rpartition(".")[0], ())
     document = json.loads(result.stdout)
-    assert sorted(document["errors"]) == sorted(known), result.stderr
-    assert result.returncode == bool(known)
+    assert document["errors"] == [], result.stderr
+    assert result.returncode == 0
     rows = document["rows"]
     assert {row["arch"] for row in rows} == {80, 86, 89, 90, 100, 120}
     widths = {config.split()[0] for row in rows if row["stem"] == "layer_norm" for config in row["configs"]}

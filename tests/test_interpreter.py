@@ -219,6 +219,57 @@ def test_an_unknown_libdevice_function_says_where_to_add_it():
         _unknown_function_kernel[(1,)](torch.ones(1))
 
 
+# approximations
+
+
+@triton.jit
+def _approximations_kernel(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
+    offsets = tl.arange(0, SIZE)
+    x, y = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.exp2(x))
+    tl.store(out_ptr + SIZE + offsets, tl.exp(x))
+    tl.store(out_ptr + 2 * SIZE + offsets, x / y)
+    tl.store(out_ptr + 3 * SIZE + offsets, tl.erf(x))
+    tl.store(out_ptr + 4 * SIZE + offsets, tl.div_rn(x, y))
+    tl.store(out_ptr + 5 * SIZE + offsets, tl.sqrt_rn(tl.abs(x)))
+
+
+def _approximations(x, y):
+    out = torch.full((6, x.numel()), float("nan"))
+    with interpreter.checking(approximate=True):
+        _approximations_kernel[(1,)](x, y, out, x.numel())
+    return out
+
+
+def test_exponentials_quotients_and_erf_err_as_much_as_a_gpus_may():
+    x, y = 3 * _values(4096), _values(4096, seed=1)
+    out = _approximations(x, y)
+    wide = x.double()
+    exact = torch.stack([wide.exp2(), wide.exp(), wide / y.double(), wide.erf()])
+    step = torch.from_numpy(np.spacing(exact.float().abs().numpy()))
+    ulps = (out[:4].double() - exact).abs() / step
+    assert (ulps.amax(1) <= 2).all()
+    assert (ulps.amax(1) > 1.5).all(), "as large as they may be"
+    assert (ulps.mean(1) > 0.5).all(), "everywhere"
+    _same(out[4], x / y)
+    _same(out[5], wide.abs().sqrt().float())
+    _same(out, _approximations(x, y))
+    _same(out.flip(1), _approximations(x.flip(0), y.flip(0)))  # the error is the operands', not the place's
+    _approximations_kernel[(1,)](x, y, out, 4096)
+    assert ((out[:4].double() - exact).abs() / step).mean(1).max() < 0.5, "not unless it is asked for"
+
+
+def test_approximations_keep_what_a_gpu_has_exactly():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, inf, -inf, nan, 200.0, -130.0, 127.9])
+    exp2, exp, quotient, erf = _approximations(x, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, inf, 0.0, 1.0]))[:4]
+    _same(exp2[:7], torch.tensor([1.0, 1.0, inf, 0.0, nan, inf, 0.0]))  # 2^-130 is subnormal: .ftz
+    assert exp2[7].isfinite()
+    _same(exp[:6], torch.tensor([1.0, 1.0, inf, 0.0, nan, inf]))
+    _same(quotient[:7], torch.tensor([0.0, -0.0, inf, -inf, nan, 0.0, -inf]))
+    _same(erf[:7], torch.tensor([0.0, -0.0, 1.0, -1.0, nan, 1.0, -1.0]))
+
+
 # launches
 
 

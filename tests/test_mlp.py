@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients
+from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients, slow_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear import ACTIVATIONS, VARIANTS, drop_path, operators, running, saved_elements, user_table  # noqa: F401
@@ -72,6 +72,7 @@ def test_tails_in_every_dimension_are_within_budget(leading, D, F, variant):
     check(variant, leading, D, F, torch.bfloat16)
 
 
+@slow_on_gpu
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(8, 50),

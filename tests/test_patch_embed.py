@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, assert_within_budget, outputs_and_gradients
+from helpers import DTYPES, KERNEL_TESTS, ON_GPU, assert_matches_reference, assert_within_budget, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_sample_image
@@ -217,9 +217,11 @@ def test_uint8_pixels_are_normalised_to_the_last_bits_of_float32():
     weight = torch.eye(768).view(768, 3, 16, 16)
     with fused, _select.planning("triton"):
         got = vk.ops.patch_embed(images, weight, mean=mean, std=std).view(3, 256)
-    expected = ((images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).view(3, 256)
+    # On a CPU, which divides: on a GPU PyTorch multiplies by 1 / 255 instead, and is 7e-7 off.
+    pixels, mean, std = images.cpu().float(), mean.cpu().view(-1, 1, 1), std.cpu().view(-1, 1, 1)
+    expected = ((pixels / 255 - mean) / std).view(3, 256)
     # The interpreter's fma rounds twice, a GPU's once.
-    torch.testing.assert_close(got, expected, atol=0 if torch.cuda.is_available() else 3e-7, rtol=0)
+    torch.testing.assert_close(got.cpu(), expected, atol=0 if ON_GPU else 3e-7, rtol=0)
 
 
 @pytest.mark.parametrize("batch", [0, 1])

@@ -118,7 +118,7 @@ def test_with_antialias_the_bits_on_a_cpu_are_those_of_interpolate(interpolation
     sides = (1, 2, 3, 5, 7, 8, 12, 14, 16, 21, 24, 37, 64)
     exchanged = [((h, w), (w, h)) for h, w in itertools.product(sides, sides) if h != w]
     for old_size, new_size in [*SIZES, *exchanged]:
-        posemb = table(old_size)
+        posemb = table(old_size).cpu()
         got = vk.ops.resample_pos_embed(posemb, new_size, old_size, 0, interpolation)
         assert torch.equal(got, interpolated(posemb, new_size, old_size, interpolation, True)), (old_size, new_size)
 

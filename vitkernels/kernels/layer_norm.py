@@ -97,9 +97,10 @@ def _layer_norm_fwd_kernel(
     if shift_ptr is not None:
         s += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
 
-    mean = tl.sum(s, axis=1) / D  # eq. (2)
+    # Not `/`, which is div.full on a GPU and may err by 2 ulp: too much for float32, and at D = 1 the mean would not be s.
+    mean = tl.sum(s, axis=1) * (1.0 / D)  # eq. (2)
     centred = tl.where(mask, s - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)  # eq. (3)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) * (1.0 / D) + eps))  # eq. (3)
     y = centred * rstd[:, None]  # eq. (4)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
@@ -171,8 +172,8 @@ def _layer_norm_bwd_kernel(
         g = dy
         if weight_ptr is not None:
             g *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]  # eq. (6)
-        g_mean = tl.sum(g, axis=1) / D
-        gx_mean = tl.sum(g * x_hat, axis=1) / D
+        g_mean = tl.sum(g, axis=1) * (1.0 / D)
+        gx_mean = tl.sum(g * x_hat, axis=1) * (1.0 / D)
         ds = (g - g_mean[:, None] - x_hat * gx_mean[:, None]) * rstd[:, None]  # eq. (7)
         if dstream_ptr is not None:
             ds += tl.load(dstream_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
