@@ -79,6 +79,10 @@ COMPILES = ("versions", "operators", "host", "kernels", "gemms", "models", "smal
 Row = dict[str, Any]
 
 
+class Refused(Exception):
+    """The round cannot be begun; the message says why."""
+
+
 def command(name: str, rows: Path, mode: str) -> list[str]:
     """What runs for a step; ``mode`` is ``gpu``, ``dry-run`` or ``compile-only``."""
     python = sys.executable
@@ -140,7 +144,8 @@ class Round:
         self.save()
 
     def document(self) -> dict[str, Any]:
-        return {"format": FORMAT, "environment": self.environment, "steps": list(self.steps.values())}
+        steps = [self.steps[step.name] for step in STEPS if step.name in self.steps]
+        return {"format": FORMAT, "environment": self.environment, "steps": steps}
 
     def save(self) -> None:
         """Whoever reads, or kills us, finds a whole archive."""
@@ -154,21 +159,20 @@ class Round:
         unfinished.replace(self._archive)
 
     def resume(self, file: Path) -> None:
-        """Take over what is done of an earlier round, and what the steps that were cut had found.
+        """Take over what an earlier round found; a step that was cut finds its rows there already, and adds to them.
 
         Raises:
-            ValueError: it is no archive of a round, or of another machine.
+            Refused: it is no archive of a round, or of another machine.
         """
         earlier, tables = _read_archive(file)
         for key in ("gpu", "mode"):
             mine, other = self.environment[key], earlier["environment"].get(key)
             if mine != other:
-                raise ValueError(f"{file} is a round of {key} {other!r}, and this one is of {mine!r}")
+                raise Refused(f"{file} is a round of {key} {other!r}, and this one is of {mine!r}")
         self.environment = {**earlier["environment"], **self.environment}
         for step in earlier["steps"]:
-            if step["state"] == "ok":
-                self.steps[step["name"]] = step
-            elif step["state"] == "cut":
+            self.steps[step["name"]] = step
+            if step["state"] == "cut":
                 rows_file(self.scratch, step["name"]).write_text("".join(json.dumps(row) + "\n" for row in step["rows"]))
         (self.scratch / "tuned").mkdir(exist_ok=True)
         for name, content in tables.items():
@@ -188,9 +192,9 @@ def _read_archive(file: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             contents = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
         document = json.loads(contents["round.json"])
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is no archive of a round: {error}") from error
+        raise Refused(f"{file} is no archive of a round: {error}") from error
     if document.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {document.get('format')}, expected {FORMAT}")
+        raise Refused(f"{file} has format {document.get('format')}, expected {FORMAT}")
     tables = {name.removeprefix("tuned/"): content for name, content in contents.items() if name.startswith("tuned/")}
     return document, {name: content for name, content in tables.items() if re.fullmatch(r"\w+\.json", name)}
 
@@ -222,7 +226,8 @@ def execute(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with what it started: compile workers outlive their parent
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # inside the driver it may take a while to die
+                child.wait(10)
     with log.open("rb") as file:
         file.seek(start)
         return code, file.read().decode(errors="replace")
@@ -249,7 +254,7 @@ def take(step: Step, seconds: float, the: Round, mode: str) -> None:
         env = environment_of(step.name, the.scratch, mode)
         code, output = execute(command(step.name, rows, mode), env, seconds, the.log, note)
     except BaseException:  # the round is being stopped
-        note()
+        the.record(step.name, "cut", time.monotonic() - start, read_rows(rows))
         raise
     found = read_rows(rows)
     state, why = verdict(step.name, code, found, output)
@@ -322,16 +327,17 @@ def run_round(archive: Path, budget: float, mode: str, resume: Path | None = Non
         the = Round(archive, Path(folder), {"mode": mode, "gpu": name})
         if resume is not None:
             the.resume(resume)
-        done = set(the.steps)
+        done = {name for name, step in the.steps.items() if step["state"] == "ok"}
+        the.save()
         the.environment["extension"] = extension(arch, the.scratch, the.log, mode)
         print(f"{name}; extension: {the.environment['extension']['state']}", flush=True)
         stop = ""
         for step in STEPS:
             left = end - time.monotonic()
             reason = stop or why_not(step, left, mode)
-            if reason and step.name not in done:
+            if reason and the.steps.get(step.name, {}).get("state", "skipped") == "skipped":
                 the.record(step.name, "skipped", 0.0, [{"id": "skipped", "reason": reason}])
-            elif step.name not in done:
+            elif not reason and step.name not in done:
                 take(step, min(step.seconds, left) if mode != "compile-only" else left, the, mode)
             found = the.steps[step.name]
             if step.name == "versions":
@@ -340,7 +346,6 @@ def run_round(archive: Path, budget: float, mode: str, resume: Path | None = Non
             if step.name == "operators" and found["state"] == "wrong":
                 stop = "an operator is wrong"
             print(line(found, step.name in done), flush=True)
-        the.steps = {step.name: the.steps[step.name] for step in STEPS}
         the.save()
         print("\n".join(["", *ratios(the.document()), f"{archive} has every row."]))
         broken = the.environment["extension"]["state"] in ("wrong", "cut")
@@ -359,7 +364,7 @@ def why_not(step: Step, left: float, mode: str) -> str:
 
 
 def line(step: dict[str, Any], before: bool) -> str:
-    wrong = [f"{row['id']}: {row['wrong'].splitlines()[0]}" for row in step["rows"] if "wrong" in row]
+    wrong = [f"{row['id']}: {(row['wrong'].splitlines() or [''])[0]}" for row in step["rows"] if "wrong" in row]
     reasons = [row["reason"] for row in step["rows"] if "reason" in row]
     what = (reasons or [f"{len(step['rows'])} rows" + (", done before" if before else "")])[0]
     more = [f"{'':20}{text[:120]}" for text in wrong[:5]]
@@ -392,10 +397,10 @@ def main(arguments: list[str] | None = None) -> int:
     if mode == "gpu" and gpu() is None:
         parser.error("nvidia-smi finds no GPU here; --dry-run takes the same steps on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         return run_round(args.out.resolve() / "round.tar", args.budget, mode, args.resume)
-    except ValueError as reason:
+    except (Refused, OSError) as reason:
         parser.error(str(reason))
 
 

@@ -39,6 +39,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     row = {"id": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
     if report.failed:
-        row["wrong"] = str(report.longrepr).strip()[-1000:]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        row["wrong"] = str(report.longrepr if crash is None else crash.message).strip()[:1000]
     with ROWS.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -12,6 +12,7 @@ measured a driver that does nothing takes the launches; such rows say ``"path": 
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -89,6 +90,7 @@ class Round:
             return
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # its limit on recompilations counts across models
+        gc.collect()  # models and graphs of the last case, before this one takes memory
         build = module.contest(case, self.device, "full", **options).build
         if self.mode == "compile-only":
             for name in ours:
@@ -96,7 +98,11 @@ class Round:
                     build(name).step()
                 self.tell(ids[name], compiled=True)
             return
-        found = measure(names, build, self.device, case.batch, kernel=case.subject != "model")
+        try:
+            found = measure(names, build, self.device, case.batch, kernel=case.subject != "model")
+        except RuntimeError as error:  # eager itself does not run, so nothing can be compared; other cases may
+            self.tell(f"{case} eager", unavailable=str(error)[:1000])
+            return
         describe(found, module, case, self.device, {})
         for name, outcome in found.items():
             if outcome.row:

@@ -37,9 +37,21 @@ def document(archive):
     return json.loads(contents(archive)["round.json"])
 
 
-def started(*arguments):
+def started(scratch, *arguments):
+    """A dry run; all that it starts has the folder ``scratch`` in its environment."""
     command = [sys.executable, str(FOLDER / "gpu_round.py"), "--dry-run", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    env = {**os.environ, "TMPDIR": str(scratch)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def running(scratch):
+    """Command lines of the processes that a round with this scratch folder has left."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(scratch).encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text())
+    return found
 
 
 def written(path, **steps):
@@ -58,7 +70,7 @@ def written(path, **steps):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
 def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
     """It has two minutes; here, beside another test, four."""
-    done = started("--out", tmp_path / "out")
+    done = started(tmp_path, "--out", tmp_path / "out")
     output, _ = done.communicate(timeout=240)
     assert done.returncode == 0, output
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["round.tar"]
@@ -90,6 +102,7 @@ def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes there")
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -102,7 +115,7 @@ def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
 )
 def test_a_round_that_is_killed_in_the_middle_of_a_step_leaves_what_that_had_found(tmp_path, name, how):
     earlier = {other: ("ok", [{"id": "earlier"}]) for other in NAMES if other != name}
-    child = started("--out", tmp_path / "out", "--resume", written(tmp_path / "earlier.tar", **earlier))
+    child = started(tmp_path, "--out", tmp_path / "out", "--resume", written(tmp_path / "earlier.tar", **earlier))
     archive, deadline, steps = tmp_path / "out" / "round.tar", time.monotonic() + 120, {}
     while not steps.get(name, {}).get("rows") and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -116,11 +129,9 @@ def test_a_round_that_is_killed_in_the_middle_of_a_step_leaves_what_that_had_fou
     assert all(found[other]["state"] == "ok" for other in NAMES if other != name)
     assert ("tuned/nvidia_h100_80gb_hbm3.json" in contents(archive)) == (name == "gemms")
     assert child.returncode in (-how, 128 + how, 1)
-    with contextlib.suppress(ProcessLookupError):  # nothing of it goes on
-        while time.monotonic() < deadline:
-            os.killpg(child.pid, 0)
-            time.sleep(0.1)
-        pytest.fail("a step outlived its round")
+    while (left := running(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left  # nothing of it goes on
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiles with the stub driver")
@@ -248,6 +259,26 @@ def test_a_resumed_round_repeats_what_was_wrong_and_goes_on_where_it_was_cut(pla
     assert document(tmp_path / "round.tar")["environment"]["torch"] == "9.9"
 
 
+def test_what_a_resumed_round_does_not_come_to_stands(play, tmp_path):
+    earlier = {"kernels": ("cut", [{"id": "a"}]), "models": ("wrong", [{"id": "m", "wrong": "nan"}])}
+    file = written(tmp_path / "earlier.tar", **earlier)
+    code, steps = play(budget=1.0, limits={"kernels": 20.0}, resume=file, kernels="", models="", compiled="")
+    assert code == 1
+    assert {name: step["state"] for name, step in steps.items()} == {"kernels": "cut", "models": "wrong", "compiled": "skipped"}
+    assert steps["kernels"]["rows"] == [{"id": "a"}]
+
+
+def test_a_resumed_round_that_is_stopped_at_once_has_lost_nothing(gpu_round, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_round, "extension", stopped)
+    file = written(tmp_path / "earlier.tar", kernels=("cut", [{"id": "a"}]), models=("ok", [{"id": "m"}]))
+    with pytest.raises(SystemExit):
+        gpu_round.run_round(tmp_path / "round.tar", 60.0, "dry-run", file)
+    assert document(tmp_path / "round.tar")["steps"] == document(file)["steps"]
+
+
 def test_a_tuned_table_goes_along(gpu_round, tmp_path):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "gpu.json").write_text("{}")
@@ -260,12 +291,12 @@ def test_a_tuned_table_goes_along(gpu_round, tmp_path):
 
 def test_a_round_of_another_machine_or_another_file_is_refused(gpu_round, tmp_path):
     the = gpu_round.Round(tmp_path / "a.tar", tmp_path, {"mode": "gpu", "gpu": "NVIDIA H200"})
-    with pytest.raises(ValueError, match="is a round of gpu 'none', and this one is of 'NVIDIA H200'"):
+    with pytest.raises(gpu_round.Refused, match="is a round of gpu 'none', and this one is of 'NVIDIA H200'"):
         the.resume(written(tmp_path / "earlier.tar"))
     (tmp_path / "text").write_text("no archive")
-    with pytest.raises(ValueError, match="is no archive of a round"):
+    with pytest.raises(gpu_round.Refused, match="is no archive of a round"):
         the.resume(tmp_path / "text")
-    with pytest.raises(ValueError, match="is no archive of a round"):
+    with pytest.raises(gpu_round.Refused, match="is no archive of a round"):
         the.resume(tmp_path / "missing.tar")
 
 
@@ -304,6 +335,16 @@ def test_commands_on_a_gpu(gpu_round, tmp_path):
     assert gpu_round.command("models", tmp_path / "rows", "gpu")[-1] == str(tmp_path / "rows")
 
 
+def test_the_gpu_is_what_its_driver_says(gpu_round, monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0'\necho 'NVIDIA H200, 9.0'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert gpu_round.gpu() == ("NVIDIA H100 80GB HBM3", "90")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_round.gpu() is None
+
+
 def test_the_extension_is_built_for_the_gpu_that_is_there(gpu_round, monkeypatch, tmp_path):
     built = []
     monkeypatch.setattr(gpu_round, "execute", lambda arguments, env, *_: built.append((arguments, env)) or (0, ""))
@@ -331,7 +372,10 @@ def test_losses_are_in_the_table(gpu_round):
     assert [re.sub(r"\s+", " ", text) for text in gpu_round.ratios(found)] == ["a fused 0.90 times eager's speed"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--budget", "0"], ["--out", "x", "--what"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--out", "x", "--budget", "0"], ["--out", "x", "--what"], ["--out", "/dev/null/x", "--dry-run"]],
+)
 def test_bad_arguments(gpu_round, arguments):
     with pytest.raises(SystemExit, match="2"):
         gpu_round.main(arguments)
@@ -380,6 +424,18 @@ def test_only_ours_can_be_wrong(round_steps, monkeypatch, tmp_path):
     assert [name for name, row in rows.items() if "unavailable" in row] == ["sdpa-cudnn", "sdpa-flash"]
     assert rows["eager"]["us"] == 2.0
     assert rows["eager"]["dtype"] == "bfloat16"
+
+
+def test_a_case_without_eager_does_not_end_the_step(round_steps, tmp_path):
+    def build(name):
+        raise MemoryError("80 GB")
+
+    module = SimpleNamespace(contest=lambda *_: SimpleNamespace(build=build))
+    case = SimpleNamespace(subject="model", batch=1)
+    round_steps.Round(tmp_path / "rows", "dry-run").contest(module, case, ["eager", "fused"])
+    (row,) = round_steps.read_rows(tmp_path / "rows")
+    assert row["id"].endswith(" eager")
+    assert "80 GB" in row["unavailable"]
 
 
 def test_a_case_that_is_known_is_not_measured_again(round_steps, tmp_path):
