@@ -455,7 +455,8 @@ def test_tests_are_taken_in_turns_those_of_operators_first_and_told_one_by_one(t
         (tmp_path / f"{name}.py").write_text("\n".join(lines))
     rows = tmp_path / "rows"
     rows.write_text(json.dumps({"id": "test_linear.py::test_0"}) + "\n")
-    env = {**os.environ, "PYTHONPATH": str(FOLDER), "VITKERNELS_ROUND_ROWS": str(rows)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": str(FOLDER), "VITKERNELS_ROUND_ROWS": str(rows)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "round_pytest", "-c", os.devnull]
     done = subprocess.run([*command, "--rootdir", str(tmp_path), str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
