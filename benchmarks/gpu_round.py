@@ -13,15 +13,15 @@ Ten steps, each a process of its own (``round_steps.py``, or pytest) under a lim
     tests               pytest -m "gpu and not slow", the operators' files first
     memcheck            step ``operators`` under compute-sanitizer
 
-DIR gets one file, ``round.tar``: ``round.json``, the tuned table and the log. It is written again every second while results
-come, so a round that is killed leaves what it had. ``round.json`` is {"format": 1, "environment": {...}, "steps": [{"name",
+DIR gets one file, ``round.tar``: ``round.json``, the tuned table and the log. It is replaced every second while results come,
+so a round that is killed leaves what it had. ``round.json`` is {"format": 1, "environment": {...}, "steps": [{"name",
 "state", "seconds", "rows"}]}; a state is ``ok``, ``wrong`` (a result of ours, or the step failed), ``cut`` (its time was over;
 what it had found is there) or ``skipped``. The rows of a step are what ``round_steps.py`` says.
 
-``--resume FILE.tar`` goes on with an earlier round: steps that were ok are not repeated, and one that was cut does what is
-left. The extension is built first, for the GPU that is there, unless it is built already. ``--compile-only`` needs no GPU: it
-compiles what the steps launch on sm_90 into Triton's cache, which can be taken along (TRITON_CACHE_DIR). ``--dry-run`` takes
-the same steps without a GPU, at tiny shapes.
+``--resume FILE.tar`` goes on with an earlier round: steps that were ok are not repeated, but for ``versions``, and one that was
+cut does what is left. The extension is built first, for the GPU that is there, unless it is built already. ``--compile-only``
+needs no GPU: it compiles what the steps launch on sm_90 into Triton's cache, which can be taken along (TRITON_CACHE_DIR).
+``--dry-run`` takes the same steps without a GPU, at tiny shapes.
 
 Exit code: 1 when something was wrong, 2 for bad arguments or no GPU, else 0, even where steps ran out of time.
 """
@@ -105,10 +105,12 @@ def command(name: str, rows: Path, mode: str) -> list[str]:
 
 def environment_of(name: str, scratch: Path, mode: str) -> dict[str, str]:
     """A child imports this tree, and finds and leaves the tuned table in ``scratch``."""
-    ours = ("TRITON_INTERPRET", "VITKERNELS_BACKEND")
-    env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTEST_")}
+    dropped = ("TRITON_INTERPRET", "VITKERNELS_BACKEND")
+    env = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("PYTEST_")}
     paths = [str(ROOT), str(ROOT / "benchmarks"), env.get("PYTHONPATH")]
     env |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VITKERNELS_CACHE": str(scratch), "PYTHONUNBUFFERED": "1"}
+    if name in ("tests", "memcheck"):
+        env["VITKERNELS_CACHE"] = str(scratch / "empty")  # what they expect is without a table
     env["VITKERNELS_ROUND_ROWS"] = str(rows_file(scratch, name))
     if name == "memcheck":
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # a cached block would hide an access beyond a tensor's end
@@ -131,7 +133,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-class Round:
+class Results:
     """What was found so far, and the archive that holds it."""
 
     def __init__(self, archive: Path, scratch: Path, environment: dict[str, Any]) -> None:
@@ -148,15 +150,21 @@ class Round:
         return {"format": FORMAT, "environment": self.environment, "steps": steps}
 
     def save(self) -> None:
-        """Whoever reads, or kills us, finds a whole archive."""
-        unfinished = self._archive.with_suffix(".unfinished")
-        with tarfile.open(unfinished, "w") as tar:
-            _add(tar, "round.json", json.dumps(self.document(), indent=1).encode())
-            if self.log.exists():
-                _add(tar, "round.log", self.log.read_bytes()[-LOG_BYTES:])
-            for table in sorted(self.scratch.glob("tuned/*.json")):
-                _add(tar, f"tuned/{table.name}", table.read_bytes())
-        unfinished.replace(self._archive)
+        """Whoever reads, or kills us, finds a whole archive. A disk that is full costs the newest results, not the round."""
+        unfinished = self._archive.with_suffix(f".{os.getpid()}")
+        try:
+            with tarfile.open(unfinished, "w") as tar:
+                _add(tar, "round.json", json.dumps(self.document(), indent=1).encode())
+                if self.log.exists():
+                    _add(tar, "round.log", self.log.read_bytes()[-LOG_BYTES:])
+                for table in sorted(self.scratch.glob("tuned/*.json")):
+                    _add(tar, f"tuned/{table.name}", table.read_bytes())
+            unfinished.replace(self._archive)
+        except OSError as error:
+            print(f"{self._archive} is not up to date: {error}", file=sys.stderr, flush=True)
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def resume(self, file: Path) -> None:
         """Take over what an earlier round found; a step that was cut finds its rows there already, and adds to them.
@@ -164,16 +172,17 @@ class Round:
         Raises:
             Refused: it is no archive of a round, or of another machine.
         """
-        earlier, tables = _read_archive(file)
+        earlier, steps, tables = _read_archive(file)
         for key in ("gpu", "mode"):
-            mine, other = self.environment[key], earlier["environment"].get(key)
+            mine, other = self.environment[key], earlier.get(key)
             if mine != other:
                 raise Refused(f"{file} is a round of {key} {other!r}, and this one is of {mine!r}")
-        self.environment = {**earlier["environment"], **self.environment}
-        for step in earlier["steps"]:
+        self.environment["resumed"] = earlier  # that of the steps which are not repeated
+        for step in steps:
             self.steps[step["name"]] = step
-            if step["state"] == "cut":
-                rows_file(self.scratch, step["name"]).write_text("".join(json.dumps(row) + "\n" for row in step["rows"]))
+            if step["state"] == "cut" and step["name"] != "versions":
+                lines = "".join(json.dumps(row) + "\n" for row in step["rows"])
+                rows_file(self.scratch, step["name"]).write_text(lines)
         (self.scratch / "tuned").mkdir(exist_ok=True)
         for name, content in tables.items():
             (self.scratch / "tuned" / name).write_bytes(content)
@@ -185,18 +194,24 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _read_archive(file: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """``round.json`` and the tuned tables by name."""
+def _read_archive(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
+    """Environment, steps, and the tuned tables by name."""
+    names = {step.name for step in STEPS}
     try:
         with tarfile.open(file) as tar:
             contents = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
         document = json.loads(contents["round.json"])
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise Refused(f"{file} is no archive of a round: {error}") from error
-    if document.get("format") != FORMAT:
-        raise Refused(f"{file} has format {document.get('format')}, expected {FORMAT}")
+        if document["format"] != FORMAT:
+            raise Refused(f"{file} has format {document['format']}, expected {FORMAT}")
+        steps = [step for step in document["steps"] if step["name"] in names]
+        whole = all({"state", "seconds"} <= step.keys() and all("id" in row for row in step["rows"]) for step in steps)
+        environment = dict(document["environment"])
+    except (OSError, EOFError, tarfile.TarError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f"{file} is no archive of a round: {type(error).__name__}: {error}") from error
+    if not whole:
+        raise Refused(f"{file} is no archive of a round: a step or a row of it is not whole")
     tables = {name.removeprefix("tuned/"): content for name, content in contents.items() if name.startswith("tuned/")}
-    return document, {name: content for name, content in tables.items() if re.fullmatch(r"\w+\.json", name)}
+    return environment, steps, {name: content for name, content in tables.items() if re.fullmatch(r"\w+\.json", name)}
 
 
 def execute(
@@ -215,7 +230,7 @@ def execute(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
             preexec_fn=_die_with_parent,
         )
         try:
@@ -237,33 +252,37 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no step goes on when the round was killed
 
 
-def take(step: Step, seconds: float, the: Round, mode: str) -> None:
+def take(step: Step, seconds: float, results: Results, mode: str) -> None:
     """Run a step in at most so many seconds, and record what it found, each second too."""
-    rows, start = rows_file(the.scratch, step.name), time.monotonic()
-    seen = -1
+    rows, start, seen = rows_file(results.scratch, step.name), time.monotonic(), -1
+    known = rows.read_bytes() if rows.exists() else b""
+    rows.with_suffix(".known").write_bytes(known)  # what stays out of this try, whatever comes to the rows meanwhile
 
     def note() -> None:
         nonlocal seen
         size = rows.stat().st_size if rows.exists() else 0
         if size != seen:
+            results.record(step.name, "cut", time.monotonic() - start, read_rows(rows))
             seen = size
-            the.record(step.name, "cut", time.monotonic() - start, read_rows(rows))
 
     note()
     try:
-        env = environment_of(step.name, the.scratch, mode)
-        code, output = execute(command(step.name, rows, mode), env, seconds, the.log, note)
+        env = environment_of(step.name, results.scratch, mode)
+        code, output = execute(command(step.name, rows, mode), env, seconds, results.log, note)
     except BaseException:  # the round is being stopped
-        the.record(step.name, "cut", time.monotonic() - start, read_rows(rows))
+        results.record(step.name, "cut", time.monotonic() - start, read_rows(rows))
         raise
     found = read_rows(rows)
     state, why = verdict(step.name, code, found, output)
-    found += [{"id": "exit", "wrong": why}] if why else []
-    the.record(step.name, state, time.monotonic() - start, found)
+    if why:
+        found.append({"id": "exit", "reason" if state == "skipped" else "wrong": why})
+    results.record(step.name, state, time.monotonic() - start, found)
 
 
 def verdict(name: str, code: int | None, rows: list[Row], output: str) -> tuple[str, str]:
     """The state of a step, and what is wrong with it beside its rows. Results that are not there are not right."""
+    if name == "memcheck" and "Device not supported" in output:
+        return "skipped", "compute-sanitizer does not support this machine"
     if name == "memcheck" and (code == SANITIZER_ERROR or _MEMORY_ERROR.search(output)):
         return "wrong", "compute-sanitizer found errors; they are in round.log"
     if any("wrong" in row for row in rows):
@@ -271,7 +290,9 @@ def verdict(name: str, code: int | None, rows: list[Row], output: str) -> tuple[
     if code is None:
         return "cut", ""
     if code not in ((0, NOTHING_SELECTED) if name == "tests" and rows else (0,)):
-        return "wrong", f"exit status {code}: {(output.strip().splitlines() or ['no output'])[-1][:200]}"
+        lines = output.strip().splitlines() or ["no output"]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return "wrong", f"exit status {code}: {(errors or lines)[-1][:200]}"
     return ("ok", "") if rows else ("wrong", "it ended well and left no result")
 
 
@@ -280,7 +301,7 @@ def verdict(name: str, code: int | None, rows: list[Row], output: str) -> tuple[
 
 def gpu() -> tuple[str, str] | None:
     """Name and compute capability, ``90``, of the first GPU; PyTorch need not be imported for it."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
         query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
         name, _, capability = done.stdout.strip().splitlines()[0].rpartition(", ")
@@ -324,32 +345,32 @@ def run_round(archive: Path, budget: float, mode: str, resume: Path | None = Non
     end = time.monotonic() + budget
     name, arch = (gpu() if mode == "gpu" else None) or ("none", "90")
     with tempfile.TemporaryDirectory() as folder:
-        the = Round(archive, Path(folder), {"mode": mode, "gpu": name})
+        results = Results(archive, Path(folder), {"mode": mode, "gpu": name})
         if resume is not None:
-            the.resume(resume)
-        done = {name for name, step in the.steps.items() if step["state"] == "ok"}
-        the.save()
-        the.environment["extension"] = extension(arch, the.scratch, the.log, mode)
-        print(f"{name}; extension: {the.environment['extension']['state']}", flush=True)
+            results.resume(resume)
+        done = {name for name, step in results.steps.items() if step["state"] == "ok" and name != "versions"}
+        results.save()
+        results.environment["extension"] = extension(arch, results.scratch, results.log, mode)
+        print(f"{name}; extension: {results.environment['extension']['state']}", flush=True)
         stop = ""
         for step in STEPS:
             left = end - time.monotonic()
             reason = stop or why_not(step, left, mode)
-            if reason and the.steps.get(step.name, {}).get("state", "skipped") == "skipped":
-                the.record(step.name, "skipped", 0.0, [{"id": "skipped", "reason": reason}])
+            if reason and results.steps.get(step.name, {}).get("state", "skipped") == "skipped":
+                results.record(step.name, "skipped", 0.0, [{"id": "skipped", "reason": reason}])
             elif not reason and step.name not in done:
-                take(step, min(step.seconds, left) if mode != "compile-only" else left, the, mode)
-            found = the.steps[step.name]
+                take(step, min(step.seconds, left) if mode != "compile-only" else left, results, mode)
+            found = results.steps[step.name]
             if step.name == "versions":
                 rows = [row for row in found["rows"] if row["id"] == "environment"]
-                the.environment.update(*({k: v for k, v in row.items() if k != "id"} for row in rows))
+                results.environment.update(*({k: v for k, v in row.items() if k != "id"} for row in rows))
             if step.name == "operators" and found["state"] == "wrong":
                 stop = "an operator is wrong"
             print(line(found, step.name in done), flush=True)
-        the.save()
-        print("\n".join(["", *ratios(the.document()), f"{archive} has every row."]))
-        broken = the.environment["extension"]["state"] in ("wrong", "cut")
-        return int(broken or any(step["state"] == "wrong" for step in the.steps.values()))
+        results.save()
+        print("\n".join(["", *ratios(results.document()), f"{archive} has every row."]))
+        broken = results.environment["extension"]["state"] in ("wrong", "cut")
+        return int(broken or any(step["state"] == "wrong" for step in results.steps.values()))
 
 
 def why_not(step: Step, left: float, mode: str) -> str:
@@ -373,13 +394,11 @@ def line(step: dict[str, Any], before: bool) -> str:
 
 def ratios(document: dict[str, Any]) -> list[str]:
     """Ours against eager, a line each, losses among them; none of a dry run, whose times mean nothing."""
-    found = []
     if document["environment"]["mode"] != "gpu":
-        return found
-    for row in (row for step in document["steps"] for row in step["rows"] if "ratio_to_eager" in row):
-        if row.get("provider", "ours") not in ("eager", "autocast"):
-            found.append(f"{row['id']:60} {row['ratio_to_eager']:7.2f} times eager's speed")
-    return found
+        return []
+    rows = [row for step in document["steps"] for row in step["rows"] if "ratio_to_eager" in row]
+    ours = [row for row in rows if row["path"] != "pytorch"]
+    return [f"{row['id']:60} {row['ratio_to_eager']:7.2f} times eager's speed" for row in ours]
 
 
 def main(arguments: list[str] | None = None) -> int:

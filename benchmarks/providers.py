@@ -95,7 +95,8 @@ class Graphed(Provider):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The stream inside is left current when a capture fails (torch 2.11); the one outside brings ours back.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             output = call()
 
         def replay(_: object = call) -> Tensor:  # the graph reads the call's images, so they must live as long
@@ -134,16 +135,16 @@ class ModelContest:
         """The contender, with its gate. ``NAME-graph``: contender NAME as a CUDA graph. Raises Unavailable."""
         plain = name.removesuffix("-graph")
         provider = self._ready.get(plain) or self._variant(plain)
-        if plain != name:
+        graphed = plain != name
+        if graphed:
             provider = Graphed(**{**vars(provider), "name": name})
         self._models.append(provider.model)
         step = provider.step(*self._arguments)
-        return Contender(
-            provider.path,
-            step,
-            lambda: self._check(provider),
-            lambda: _measure.peak_memory(step, provider.model, self._models, self._device),
-        )
+
+        def peak() -> int | None:  # a replay allocates nothing, and what the graph holds counts as free
+            return None if graphed else _measure.peak_memory(step, provider.model, self._models, self._device)
+
+        return Contender(provider.path, step, lambda: self._check(provider, step if graphed else None), peak)
 
     def _variant(self, name: str) -> Provider:
         eager = self._ready["eager"]
@@ -185,10 +186,13 @@ class ModelContest:
         model = vk.fuse(found.model, inference=True) if name == "inference" else found.model
         return Provider(name, path, model, eager.dtype, context)
 
-    def _check(self, provider: Provider) -> None:
-        """bfloat16 autocast of a float32 model is judged beside a bfloat16 model, everything else beside eager."""
+    def _check(self, provider: Provider, graph: Callable[[], Tensor] | None) -> None:
+        """bfloat16 autocast of a float32 model is judged beside a bfloat16 model, everything else beside eager.
+
+        ``graph``: the very one that is timed, of a provider that has one.
+        """
         try:
-            mine = _measure.outputs(provider, self._arguments)
+            mine = [graph().float()] if graph else _measure.outputs(provider, self._arguments)
         except RuntimeError as error:
             if provider.name in _SDPA and "No available kernel" in str(error):
                 raise Unavailable(f"{provider.name} does not take this shape or dtype") from error

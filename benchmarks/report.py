@@ -46,7 +46,13 @@ def _of_benchmarks(path: Path) -> list[Row]:
 def _of_a_round(path: Path) -> list[Row]:
     with tarfile.open(path) as tar:
         document = json.load(tar.extractfile("round.json"))
-    return [{**row, "environment": document["environment"]} for step in document["steps"] for row in step["rows"]]
+    unknown = {"gpus": [], "device": "cuda", "threads": "?", **dict.fromkeys(("torch", "triton", "timm", "commit"))}
+    environment = {
+        **unknown,
+        "cpu": document["environment"]["gpu"],
+        **document["environment"],
+    }  # step versions may have been cut
+    return [{**row, "environment": environment} for step in document["steps"] for row in step["rows"]]
 
 
 def machine(row: Row) -> str:

@@ -31,10 +31,11 @@ from gpu_round import read_rows
 
 INTERPRETED = ("operators", "gemms")  # steps of a dry run that judge results
 LARGE, TRAIN, COMPILED = 256, 128, (64, 1)  # batches; a dry run's are 2
+_PATHS = {"eager": "pytorch", "fused": "kernel", "auto": "mixed"}  # what the host's contenders run
 HOST_SHAPES = ((2, 16, 64, 1), (1, 197, 768, 12))  # batch, tokens, width, heads: host_overhead.py's, and ViT-B/16's at batch 1
 
 
-class Round:
+class Context:
     """What the steps share: where they run, and the file of rows.
 
     Attributes:
@@ -48,11 +49,6 @@ class Round:
         self.device = torch.device("cuda" if mode == "gpu" else "cpu")
         self._rows = rows
         self._known = {row["id"] for row in read_rows(rows)}
-        if mode != "gpu":
-            import host_overhead
-            import protocol
-
-            host_overhead.SECONDS = protocol.CPU_SECONDS = 0.2  # of a contender, whose times mean nothing
 
     def knows(self, *ids: str) -> bool:
         """Whether an earlier try found all of these."""
@@ -123,19 +119,19 @@ def without_products() -> Iterator[None]:
         yield
 
 
-def versions(the: Round) -> None:
+def versions(context: Context) -> None:
     """The environment, and one LayerNorm: the first kernel of ours on this machine."""
     import bench_layer_norm
     from workloads import Case
 
     from vitkernels.cli import _environment
 
-    the.tell("environment", device=str(the.device), **_environment.environment())
-    (workload,) = the.workloads("B/16")
-    the.contest(bench_layer_norm, Case("layer_norm", workload, the.batch(LARGE), "infer"), ["eager", "fused"])
+    context.tell("environment", device=str(context.device), **_environment.environment())
+    (workload,) = context.workloads("B/16")
+    context.contest(bench_layer_norm, Case("layer_norm", workload, context.batch(LARGE), "infer"), ["eager", "fused"])
 
 
-def operators(the: Round) -> None:
+def operators(context: Context) -> None:
     """Every registered operator, which are forwards and backwards, against its reference."""
     import test_registration
     import torch
@@ -147,30 +143,30 @@ def operators(the: Round) -> None:
     def only_call(name: str, arguments: tuple[Any, ...]) -> None:
         getattr(torch.ops.vitkernels, name)(*arguments)
 
-    check = only_call if the.mode == "compile-only" else test_registration.assert_kernel_is_right
+    check = only_call if context.mode == "compile-only" else test_registration.assert_kernel_is_right
     torch.manual_seed(0)
     for name in _register.NAMES:
-        if the.knows(name):
+        if context.knows(name):
             continue
-        if name.startswith("resample") and the.mode == "gpu" and not _env.EXTENSION_HAS_CUDA:
-            the.tell(name, unavailable="vitkernels._C is not built with CUDA here")
+        if name.startswith("resample") and context.mode == "gpu" and not _env.EXTENSION_HAS_CUDA:
+            context.tell(name, unavailable="vitkernels._C is not built with CUDA here")
             continue
         start = time.perf_counter()
         found: dict[str, Any] = {}
         try:
-            with torch.device(the.device), poisoned():
+            with torch.device(context.device), poisoned():
                 calls = test_registration.arguments(name)
                 for arguments in calls:
                     check(name, arguments)
             found["calls"] = len(calls)
         except Exception as error:  # a kernel that fails in any way is wrong, and the others are still looked at
             found["wrong"] = f"{type(error).__name__}: {error}"[:1000]
-        the.tell(name, seconds=round(time.perf_counter() - start, 3), **found)
-        if the.mode == "gpu" and "wrong" in found:
+        context.tell(name, seconds=round(time.perf_counter() - start, 3), **found)
+        if context.mode == "gpu" and "wrong" in found:
             torch.cuda.synchronize()  # after an invalid access nothing in this process would be right
 
 
-def host(the: Round) -> None:
+def host(context: Context) -> None:
     """Microseconds of the host for one call of a block, launches not waited for."""
     import copy
 
@@ -181,10 +177,10 @@ def host(the: Round) -> None:
     import vitkernels as vk
 
     frozen = torch.inference_mode
-    for batch, tokens, width, heads in HOST_SHAPES[: 1 if the.mode == "dry-run" else None]:
-        stock = Block(width, heads, qkv_bias=True).to(the.device, torch.bfloat16)
+    for batch, tokens, width, heads in HOST_SHAPES[: 1 if context.mode == "dry-run" else None]:
+        stock = Block(width, heads, qkv_bias=True).to(context.device, torch.bfloat16)
         fused = vk.fuse(torch.nn.Sequential(copy.deepcopy(stock)))[0]
-        x = torch.randn(batch, tokens, width, device=the.device, dtype=torch.bfloat16)
+        x = torch.randn(batch, tokens, width, device=context.device, dtype=torch.bfloat16)
         leaf, gradient = x.clone().requires_grad_(), torch.randn_like(x)
         policies = {policy: functools.partial(vk.backend, policy) for policy in ("fused", "auto")}
         for mode in ("infer", "train"):
@@ -204,16 +200,17 @@ def host(the: Round) -> None:
             for contender in contenders.values():  # compiles
                 with contender.entered():
                     contender.call()
-            if the.mode == "compile-only":
-                the.tell(f"{mode} {tokens} tokens", compiled=True)
+            if context.mode == "compile-only":
+                context.tell(f"{mode} {tokens} tokens", compiled=True)
                 continue
             found = dict(zip(contenders, least_us(list(contenders.values())), strict=True))
             for name, us in found.items():
                 shape = {"batch": batch, "tokens": tokens, "width": width, "num_heads": heads}
-                the.tell(f"{mode} {tokens} tokens {name}", mode=mode, **shape, us=us, ratio_to_eager=found["eager"] / us)
+                row = {"provider": name, "path": _PATHS[name] if context.mode == "gpu" else "stub", "mode": mode, **shape}
+                context.tell(f"{mode} {tokens} tokens {name}", **row, us=us, ratio_to_eager=found["eager"] / us)
 
 
-def kernels(the: Round) -> None:
+def kernels(context: Context) -> None:
     """Device time of LayerNorm, attention and patch embedding, beside what the device can reach."""
     import bench_attention
     import bench_layer_norm
@@ -221,31 +218,33 @@ def kernels(the: Round) -> None:
     from providers import _SDPA
     from workloads import Case
 
-    _ceilings(the)
-    (workload,) = the.workloads("B/16")
-    batch = the.batch(LARGE)
+    _ceilings(context)
+    (workload,) = context.workloads("B/16")
+    batch = context.batch(LARGE)
     sdpa = ["eager", *_SDPA, "fused"]
-    the.contest(bench_attention, Case("attention_qkv", workload, batch, "infer"), sdpa)
-    the.contest(bench_attention, Case("attention_qkv", workload, batch, "backward"), sdpa)
+    context.contest(bench_attention, Case("attention_qkv", workload, batch, "infer"), sdpa)
+    context.contest(bench_attention, Case("attention_qkv", workload, batch, "backward"), sdpa)
     for subject in ("patch_embed", "patch_embed_uint8"):
-        the.contest(bench_patch_embed, Case(subject, workload, batch, "infer"), ["eager", "fused"], pinned=False)
+        context.contest(bench_patch_embed, Case(subject, workload, batch, "infer"), ["eager", "fused"], pinned=False)
     for mode in ("infer", "backward"):
-        the.contest(bench_layer_norm, Case("layer_norm", workload, batch, mode), ["eager", "fused"])
+        context.contest(bench_layer_norm, Case("layer_norm", workload, batch, mode), ["eager", "fused"])
 
 
-def _ceilings(the: Round) -> None:
+def _ceilings(context: Context) -> None:
     """A copy far larger than the L2 cache, and a bfloat16 product."""
     import torch
 
-    if the.knows("copy", "gemm") or the.mode == "compile-only":
+    if context.knows("copy", "gemm") or context.mode == "compile-only":
         return
-    numbers, side = (2**18, 128) if the.mode == "dry-run" else (2**29, 8192)
-    source = torch.randn(numbers, device=the.device)
+    numbers, side = (2**18, 128) if context.mode == "dry-run" else (2**29, 8192)
+    source = torch.randn(numbers, device=context.device)
     copy = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=the.device, dtype=torch.bfloat16) for _ in range(2))  # zeros would draw less power
+    a, b = (
+        torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2)
+    )  # zeros would draw less power
     moved, flops = 2 * source.nbytes, 2 * side**3  # read and written
-    the.tell("copy", bytes=moved, gb_per_s=moved / _seconds(lambda: copy.copy_(source), the.device) / 1e9)
-    the.tell("gemm", side=side, tflops=flops / _seconds(lambda: a @ b, the.device) / 1e12)
+    context.tell("copy", bytes=moved, gb_per_s=moved / _seconds(lambda: copy.copy_(source), context.device) / 1e9)
+    context.tell("gemm", side=side, tflops=flops / _seconds(lambda: a @ b, context.device) / 1e12)
 
 
 def _seconds(call: Callable[[], object], device: Any, rounds: int = 20) -> float:
@@ -266,7 +265,7 @@ def _seconds(call: Callable[[], object], device: Any, rounds: int = 20) -> float
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1000
 
 
-def gemms(the: Round) -> None:
+def gemms(context: Context) -> None:
     """The products of a block of B/16, cuBLAS against each configuration; the winners go into the tuned table."""
     import torch
 
@@ -275,60 +274,60 @@ def gemms(the: Round) -> None:
     from vitkernels.kernels import _tuned, _tuning_linear
     from vitkernels.kernels._device import gpu_of
 
-    nothing = torch.empty(0, device=the.device)
+    nothing = torch.empty(0, device=context.device)
     arch = _select.target(nothing) or "sm_90"
-    (workload,) = the.workloads("B/16")
+    (workload,) = context.workloads("B/16")
     cases = tune.b16_gemms(arch, torch.bfloat16)
-    if the.mode == "dry-run":
+    if context.mode == "dry-run":
         cases = list(_tuning_linear.cases(workload, 2, arch, torch.bfloat16))
         _tuning.ROUNDS = 2  # interpreted
-    if the.mode == "compile-only":
+    if context.mode == "compile-only":
         _tuning._compile(cases, arch, math.inf)
-        the.tell("gemms", compiled=True)
+        context.tell("gemms", compiled=True)
         return
-    todo = [case for case in cases if not the.knows(f"{case.stem} {case.key}")]
+    todo = [case for case in cases if not context.knows(f"{case.stem} {case.key}")]
     path = _env.tuned_dir() / _tuned.file_name(gpu_of(nothing, arch))
-    for found in _tuning.measure(todo, the.device, arch, path, compile_all=True):
+    for found in _tuning.measure(todo, context.device, arch, path, compile_all=True):
         wrong = {"wrong": "; ".join(found.errors)} if found.errors else {}
-        the.tell(f"{found.case.stem} {found.case.key}", **(found.row or {}), **wrong)
+        context.tell(f"{found.case.stem} {found.case.key}", **(found.row or {}), **wrong)
 
 
-def models(the: Round) -> None:
+def models(context: Context) -> None:
     """Whole models at a large batch: each plan, launched and as a CUDA graph."""
     import bench_models
     from providers import OURS
     from workloads import Case
 
     names = [graph for name in ("eager", *OURS) if name != "auto" for graph in (name, f"{name}-graph")]
-    for workload in the.workloads("B/16", "S/16"):
-        the.contest(bench_models, Case("model", workload, the.batch(LARGE), "infer"), names)
+    for workload in context.workloads("B/16", "S/16"):
+        context.contest(bench_models, Case("model", workload, context.batch(LARGE), "infer"), names)
 
 
-def small_and_training(the: Round) -> None:
+def small_and_training(context: Context) -> None:
     """One image, which is a matter of launches; and a training step."""
     import bench_models
     from workloads import Case
 
-    (workload,) = the.workloads("B/16")
+    (workload,) = context.workloads("B/16")
     ours = ["auto", "auto-graph", "fused", "fused-graph", "inference-graph"]
-    the.contest(bench_models, Case("model", workload, 1, "infer"), ["eager", "eager-graph", *ours])
-    the.contest(bench_models, Case("model", workload, the.batch(TRAIN), "train"), ["eager", "fused"])
+    context.contest(bench_models, Case("model", workload, 1, "infer"), ["eager", "eager-graph", *ours])
+    context.contest(bench_models, Case("model", workload, context.batch(TRAIN), "train"), ["eager", "fused"])
 
 
-def compiled(the: Round) -> None:
+def compiled(context: Context) -> None:
     """torch.compile, which we have to beat, beside ours."""
     import bench_models
     from workloads import Case
 
-    (workload,) = the.workloads("B/16")
-    large, one = (the.batch(batch) for batch in COMPILED)
+    (workload,) = context.workloads("B/16")
+    large, one = (context.batch(batch) for batch in COMPILED)
     for batch, mode in ((large, "compile"), (one, "reduce-overhead"), (one, "compile"), (large, "reduce-overhead")):
         case = Case("model", workload, batch, "infer")
         ours = ["auto", "inference"] if batch > 1 else ["auto-graph", "inference-graph"]
-        the.contest(bench_models, case, ["eager", mode, *ours], beside=mode)
+        context.contest(bench_models, case, ["eager", mode, *ours], beside=mode)
 
 
-STEPS: dict[str, Callable[[Round], None]] = {
+STEPS: dict[str, Callable[[Context], None]] = {
     "versions": versions,
     "operators": operators,
     "host": host,
@@ -361,7 +360,12 @@ def main() -> None:
         import providers
 
         providers.STUBBED = True
-    STEPS[args.step](Round(args.rows, mode))
+    if mode != "gpu":
+        import host_overhead
+        import protocol
+
+        host_overhead.SECONDS = protocol.CPU_SECONDS = 0.2  # of a contender, whose times mean nothing
+    STEPS[args.step](Context(args.rows, mode))
 
 
 if __name__ == "__main__":

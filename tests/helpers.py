@@ -32,12 +32,14 @@ def timm_since(version: str, what: str) -> pytest.MarkDecorator:
 def poisoned() -> Iterator[None]:
     """``torch.empty`` returns NaN (largest value for integers) inside, PyTorch's own debug mode for uninitialised memory."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _errors(value: Tensor, oracle: Tensor) -> tuple[float, float]:

@@ -216,10 +216,10 @@ def test_time_that_is_short_is_missing_at_the_end(gpu_round, monkeypatch, tmp_pa
     """Every step takes all that it is given, and a clock stands for the minutes."""
     now, given = [0.0], {}
 
-    def take(step, seconds, the, mode):
+    def take(step, seconds, results, mode):
         given[step.name] = seconds
         now[0] += seconds
-        the.record(step.name, "cut", seconds, [])
+        results.record(step.name, "cut", seconds, [])
 
     def extension(*_):
         now[0] += 7.0
@@ -243,20 +243,23 @@ def test_a_step_without_time_is_skipped_with_the_reason(play):
 
 def test_a_resumed_round_repeats_what_was_wrong_and_goes_on_where_it_was_cut(play, tmp_path):
     earlier = {
-        "versions": ("ok", [{"id": "environment", "torch": "9.9"}]),
+        "versions": ("ok", [{"id": "environment", "torch": "8.8"}]),
         "host": ("wrong", [{"id": "h", "wrong": "nan"}]),
         "kernels": ("cut", [{"id": "a"}]),
         "models": ("skipped", [{"id": "skipped", "reason": "0 s are left"}]),
+        "compiled": ("ok", [{"id": "c"}]),
     }
     file = written(tmp_path / "earlier.tar", **earlier)
     known = "known = {json.loads(line)['id'] for line in ROWS.read_text().splitlines()}; "
     go_on = known + "[tell(id) for id in 'ab' if id not in known]"
-    scripts = {"versions": "raise SystemExit(1)", "host": "tell('h')", "kernels": go_on, "models": "tell('m')"}
-    code, steps = play(limits={"versions": 20.0}, resume=file, **scripts)
+    scripts = {"versions": "tell('environment', torch='9.9')", "host": "tell('h')", "kernels": go_on, "models": "tell('m')"}
+    code, steps = play(limits={"versions": 20.0}, resume=file, compiled="raise SystemExit(1)", **scripts)
     assert (code, {step["state"] for step in steps.values()}) == (0, {"ok"})
     rows = {name: [row["id"] for row in step["rows"]] for name, step in steps.items()}
-    assert rows == {"versions": ["environment"], "host": ["h"], "kernels": ["a", "b"], "models": ["m"]}
-    assert document(tmp_path / "round.tar")["environment"]["torch"] == "9.9"
+    assert rows == {"versions": ["environment"], "host": ["h"], "kernels": ["a", "b"], "models": ["m"], "compiled": ["c"]}
+    environment = document(tmp_path / "round.tar")["environment"]
+    assert environment["torch"] == "9.9"  # of this machine: its versions are always asked for
+    assert environment["resumed"] == {"mode": "dry-run", "gpu": "none"}
 
 
 def test_what_a_resumed_round_does_not_come_to_stands(play, tmp_path):
@@ -283,32 +286,44 @@ def test_a_tuned_table_goes_along(gpu_round, tmp_path):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "gpu.json").write_text("{}")
     environment = {"mode": "dry-run", "gpu": "none"}
-    gpu_round.Round(tmp_path / "a.tar", tmp_path, environment).save()
+    gpu_round.Results(tmp_path / "a.tar", tmp_path, environment).save()
     (tmp_path / "next").mkdir()
-    gpu_round.Round(tmp_path / "b.tar", tmp_path / "next", environment).resume(tmp_path / "a.tar")
+    gpu_round.Results(tmp_path / "b.tar", tmp_path / "next", environment).resume(tmp_path / "a.tar")
     assert (tmp_path / "next" / "tuned" / "gpu.json").read_text() == "{}"
 
 
 def test_a_round_of_another_machine_or_another_file_is_refused(gpu_round, tmp_path):
-    the = gpu_round.Round(tmp_path / "a.tar", tmp_path, {"mode": "gpu", "gpu": "NVIDIA H200"})
+    found = gpu_round.Results(tmp_path / "a.tar", tmp_path, {"mode": "gpu", "gpu": "NVIDIA H200"})
     with pytest.raises(gpu_round.Refused, match="is a round of gpu 'none', and this one is of 'NVIDIA H200'"):
-        the.resume(written(tmp_path / "earlier.tar"))
+        found.resume(written(tmp_path / "earlier.tar"))
     (tmp_path / "text").write_text("no archive")
     with pytest.raises(gpu_round.Refused, match="is no archive of a round"):
-        the.resume(tmp_path / "text")
+        found.resume(tmp_path / "text")
     with pytest.raises(gpu_round.Refused, match="is no archive of a round"):
-        the.resume(tmp_path / "missing.tar")
+        found.resume(tmp_path / "missing.tar")
+    for content in (
+        "[]",
+        "{}",
+        '{"format": 1, "steps": [], "environment": 3}',
+        '{"format": 2}',
+        '{"format": 1, "steps": [{"name": "host"}]}',
+    ):
+        (tmp_path / "round.json").write_text(content)
+        with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+            tar.add(tmp_path / "round.json", "round.json")
+        with pytest.raises(gpu_round.Refused, match=r"is no archive of a round|has format 2, expected 1"):
+            found.resume(tmp_path / "bad.tar")
 
 
 def test_nothing_of_an_archive_is_written_elsewhere(gpu_round, tmp_path):
     (tmp_path / "evil").write_text("evil")
-    file = written(tmp_path / "earlier.tar")
+    file = written(tmp_path / "earlier.tar", **{"../../evil": ("cut", [{"id": "a"}])})
     with tarfile.open(file, "a") as tar:
         tar.add(tmp_path / "evil", "tuned/../../evil.json")
     scratch = tmp_path / "a" / "scratch"
     scratch.mkdir(parents=True)
-    gpu_round.Round(tmp_path / "b.tar", scratch, {"mode": "dry-run", "gpu": "none"}).resume(file)
-    assert not list(tmp_path.rglob("evil.json"))
+    gpu_round.Results(tmp_path / "b.tar", scratch, {"mode": "dry-run", "gpu": "none"}).resume(file)
+    assert not list(tmp_path.rglob("evil.json*"))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +333,7 @@ def test_nothing_of_an_archive_is_written_elsewhere(gpu_round, tmp_path):
         (None, "========= Invalid __global__ read of size 2 bytes", "wrong"),
         (1, "========= ERROR SUMMARY: 2 errors", "wrong"),
         (None, "========= COMPUTE-SANITIZER", "cut"),
+        (1, '========= Error: Device not supported. Please refer to the "Supported Devices" section', "skipped"),
         (0, "========= ERROR SUMMARY: 0 errors", "ok"),
     ],
 )
@@ -359,14 +375,52 @@ def test_the_extension_is_built_for_the_gpu_that_is_there(gpu_round, monkeypatch
 def test_the_log_is_bounded(gpu_round, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_round, "LOG_BYTES", 100)
     (tmp_path / "round.log").write_text("a" * 1000 + "end")
-    gpu_round.Round(tmp_path / "a.tar", tmp_path, {}).save()
+    gpu_round.Results(tmp_path / "a.tar", tmp_path, {}).save()
     assert contents(tmp_path / "a.tar")["round.log"].decode() == "a" * 97 + "end"
+
+
+def test_a_disk_that_is_full_does_not_end_a_round(gpu_round, monkeypatch, tmp_path, capsys):
+    results = gpu_round.Results(tmp_path / "a.tar", tmp_path, {})
+    results.record("kernels", "ok", 1.0, [{"id": "a"}])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_round, "_add", full)
+        results.record("models", "ok", 1.0, [{"id": "m"}])
+    assert "No space left on device" in capsys.readouterr().err
+    assert [step["name"] for step in document(tmp_path / "a.tar")["steps"]] == ["kernels"]
+    results.save()
+    assert [step["name"] for step in document(tmp_path / "a.tar")["steps"]] == ["kernels", "models"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_round_that_is_stopped_while_it_writes_loses_no_row(gpu_round, monkeypatch, tmp_path):
+    results, add, stop = gpu_round.Results(tmp_path / "a.tar", tmp_path, {}), gpu_round._add, []
+
+    def execute(arguments, env, seconds, log, note):
+        gpu_round.rows_file(tmp_path, "kernels").write_text('{"id": "a"}\n')
+        stop.append(SystemExit(143))
+        note()
+
+    def stopped(*arguments):
+        if stop:
+            raise stop.pop()
+        add(*arguments)
+
+    monkeypatch.setattr(gpu_round, "execute", execute)
+    monkeypatch.setattr(gpu_round, "_add", stopped)
+    with pytest.raises(SystemExit):
+        gpu_round.take(gpu_round.Step("kernels", 9.0), 9.0, results, "dry-run")
+    assert document(tmp_path / "a.tar")["steps"][0]["rows"] == [{"id": "a"}]
+    assert not list(tmp_path.glob("a.[0-9]*"))
 
 
 def test_losses_are_in_the_table(gpu_round):
     rows = [
-        {"id": "a fused", "provider": "fused", "ratio_to_eager": 0.9},
-        {"id": "a eager", "provider": "eager", "ratio_to_eager": 1},
+        {"id": f"a {name}", "path": path, "ratio_to_eager": ratio}
+        for name, path, ratio in (("fused", "kernel", 0.9), ("eager", "pytorch", 1.0), ("sdpa-math", "pytorch", 0.1))
     ]
     found = {"environment": {"mode": "gpu"}, "steps": [{"rows": rows}]}
     assert [re.sub(r"\s+", " ", text) for text in gpu_round.ratios(found)] == ["a fused 0.90 times eager's speed"]
@@ -417,8 +471,8 @@ def test_only_ours_can_be_wrong(round_steps, monkeypatch, tmp_path):
     monkeypatch.setattr(protocol, "measure", lambda names, *_, **__: {name: found[name] for name in names})
     case = SimpleNamespace(subject="model", workload=SimpleNamespace(name="S/16"), batch=1, mode="infer")
     module = SimpleNamespace(contest=lambda *_: SimpleNamespace(build=None), DTYPE=lambda device: "bfloat16")
-    the = round_steps.Round(tmp_path / "rows", "dry-run")
-    the.contest(module, case, list(found), beside="x")
+    context = round_steps.Context(tmp_path / "rows", "dry-run")
+    context.contest(module, case, list(found), beside="x")
     rows = {row["id"].split(" ")[-3]: row for row in round_steps.read_rows(tmp_path / "rows")}
     assert [name for name, row in rows.items() if "wrong" in row] == ["fused", "inference-graph"]
     assert [name for name, row in rows.items() if "unavailable" in row] == ["sdpa-cudnn", "sdpa-flash"]
@@ -432,7 +486,7 @@ def test_a_case_without_eager_does_not_end_the_step(round_steps, tmp_path):
 
     module = SimpleNamespace(contest=lambda *_: SimpleNamespace(build=build))
     case = SimpleNamespace(subject="model", batch=1)
-    round_steps.Round(tmp_path / "rows", "dry-run").contest(module, case, ["eager", "fused"])
+    round_steps.Context(tmp_path / "rows", "dry-run").contest(module, case, ["eager", "fused"])
     (row,) = round_steps.read_rows(tmp_path / "rows")
     assert row["id"].endswith(" eager")
     assert "80 GB" in row["unavailable"]
@@ -440,10 +494,10 @@ def test_a_case_without_eager_does_not_end_the_step(round_steps, tmp_path):
 
 def test_a_case_that_is_known_is_not_measured_again(round_steps, tmp_path):
     (tmp_path / "rows").write_text('{"id": "case eager"}\n{"id": "case fused"}\n')
-    the = round_steps.Round(tmp_path / "rows", "dry-run")
-    the.contest(None, "case", ["eager", "fused"])  # would need a module
-    assert the.knows("case eager", "case fused")
-    assert not the.knows("case eager", "case compile")
+    context = round_steps.Context(tmp_path / "rows", "dry-run")
+    context.contest(None, "case", ["eager", "fused"])  # would need a module
+    assert context.knows("case eager", "case fused")
+    assert not context.knows("case eager", "case compile")
 
 
 # The plugin of step tests.
@@ -453,14 +507,40 @@ def test_tests_are_taken_in_turns_those_of_operators_first_and_told_one_by_one(t
     for name, count in (("test_cli", 2), ("test_linear", 2), ("test_mlp", 3)):
         lines = [f"def test_{i}(): assert {i} < 2" for i in range(count)]
         (tmp_path / f"{name}.py").write_text("\n".join(lines))
-    rows = tmp_path / "rows"
-    rows.write_text(json.dumps({"id": "test_linear.py::test_0"}) + "\n")
+    rows = tmp_path / "rows.jsonl"
+    (tmp_path / "rows.known").write_text(json.dumps({"id": "test_linear.py::test_0"}) + "\n")
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env |= {"PYTHONPATH": str(FOLDER), "VITKERNELS_ROUND_ROWS": str(rows)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "round_pytest", "-c", os.devnull]
     done = subprocess.run([*command, "--rootdir", str(tmp_path), str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
-    found = [json.loads(line) for line in rows.read_text().splitlines()][1:]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
     linear, mlp, cli = ([f"{name}.py::test_{i}" for i in range(3)] for name in ("test_linear", "test_mlp", "test_cli"))
     assert [row["id"] for row in found] == [linear[1], *mlp, *cli[:2]]  # test 0 of linear was known
     assert [row["id"] for row in found if "wrong" in row] == [mlp[2]]
+
+
+def test_a_test_that_takes_its_process_along_does_not_end_the_others(tmp_path):
+    """xdist starts another worker, which has to collect the very tests of the first."""
+    lines = [f"def test_{i}(): " + ("__import__('os')._exit(1)" if i in (2, 5) else "pass") for i in range(10)]
+    (tmp_path / "test_mlp.py").write_text("\n".join(lines))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= {"PYTHONPATH": str(FOLDER), "VITKERNELS_ROUND_ROWS": str(tmp_path / "rows.jsonl")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "round_pytest",
+        "-c",
+        os.devnull,
+    ]
+    done = subprocess.run([*command, "--rootdir", str(tmp_path), str(tmp_path)], env=env, capture_output=True, text=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in rows if "wrong" in row} == {"test_mlp.py::test_2", "test_mlp.py::test_5"}, done.stdout
+    assert len({row["id"] for row in rows}) == 10

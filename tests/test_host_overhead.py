@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stub_driver
@@ -105,3 +106,43 @@ def test_python_calls_of_the_instrument_are_not_counted(host_overhead):
     cublas = host_overhead.Cublas()
     with cublas.replaced():
         assert host_overhead.python_calls(lambda: torch.ones(2, 2) @ torch.ones(2, 2)) == 1
+
+
+def test_a_product_counts_what_cublas_costs_the_host(host_overhead):
+    stub, (x, weight) = SimpleNamespace(launches=lambda: 0), (torch.randn(6, 4), torch.randn(5, 4))
+    one, three = (
+        host_overhead.Contender(lambda count=count: [torch.nn.functional.linear(x, weight) for _ in range(count)], ())
+        for count in (1, 3)
+    )
+    rows = [host_overhead.measure("a", stub, contender) for contender in (one, three)]
+    assert 5 < rows[0].us < 5 + 100
+    assert 15 < rows[1].us < 15 + 100
+    free = host_overhead._row("a", stub, one, one, host_overhead.Cublas())
+    assert free.us < 100
+    assert free.ratio == free.us / free.timm_us
+
+
+def test_the_basis_of_a_ratio(host_overhead, monkeypatch):
+    """timm's block in float32 on one token; ours in bfloat16, but for the small call, which is timm's."""
+    seen = {}
+
+    def row(name, stub, ours, timm=None, cublas=None):
+        for contender in (ours, timm):
+            block = next(
+                cell.cell_contents for cell in contender.call.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
+            )
+            leaf = [cell.cell_contents for cell in contender.call.__closure__ if isinstance(cell.cell_contents, torch.Tensor)][
+                -1
+            ]
+            seen.setdefault(name, []).append((type(block).__name__, leaf.dtype, tuple(leaf.shape)))
+
+    monkeypatch.setattr(host_overhead, "measure", row)
+    monkeypatch.setattr(host_overhead, "_row", row)
+    list(host_overhead.block_rows(None))
+    timm = ("Block", torch.float32, (1, 1, 64))
+    ours = ("FusedBlock", torch.bfloat16, (2, 16, 64))
+    assert set(seen) == BLOCKS
+    assert all(found[1] == timm for found in seen.values())
+    assert seen["block_small"][0] == ("FusedBlock", torch.float32, (1, 1, 64))
+    assert all(seen[name][0] == ours for name in ("block_inference", "block_folded", "block_train"))
+    assert seen["block_compiled"][0][1:] == ours[1:]
