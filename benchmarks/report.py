@@ -34,7 +34,7 @@ def load(paths: Iterable[Path]) -> list[Row]:
     """The rows of all files; of a case and provider measured twice on one machine, the later."""
     found: dict[tuple, Row] = {}
     for row in (row for path in paths for row in (_of_a_round(path) if path.suffix == ".tar" else _of_benchmarks(path))):
-        if "provider" in row:  # other benchmarks may share the file
+        if "subject" in row and "provider" in row:  # other benchmarks may share the file
             found[machine(row), *_case(row), row["provider"]] = row
     return list(found.values())
 
