@@ -206,6 +206,35 @@ def test_a_table_of_format_1_under_the_new_name_is_ignored_with_one_line(folder,
     assert "\n" not in record.message
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": 2, "linear": []}',
+        '{"format": 2, "linear": null}',
+        '{"format": 2, "linear": {"k": 7}}',
+        '{"format": 2, "linear": {"k": {}}}',
+        '{"format": 2, "linear": {"k": {"plan": 3}}}',
+        "[" * 100_000,
+        "7",
+    ],
+    ids=lambda content: content[:40],
+)
+def test_a_table_that_is_not_whole_is_ignored_with_one_line(folder, caplog, content):
+    (folder / _tuned.file_name(H100)).write_text(content)
+    with caplog.at_level(logging.WARNING, "vitkernels"):
+        assert looked_up_again("k") is None
+        assert not _tuned.any_gemm(H100, "k", bf16, 1, 1)
+    assert len(caplog.records) == 1
+
+
+def test_names_of_gpus_in_any_script_have_files_of_their_own():
+    names = [H100, H200, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "\u6771\u4eac", "\u5927\u962a"]
+    files = [_tuned.file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert files[0] == "nvidia_h100_80gb_hbm3.json"
+    assert all(len(file) > len(".json") and file.isascii() for file in files)
+
+
 def test_tables_by_architecture_are_ignored_with_one_line_and_the_new_one_beside_them_counts(folder, caplog):
     write(folder, H100, "linear", "k", POINTER)
     for arch in ("sm_80", "sm_90"):

@@ -61,7 +61,7 @@ def known(path: Path) -> dict[str, Any]:
     if path.exists() and not table:
         raise CommandError(f"{path} exists and is no table of format {_tuned.FORMAT}: move it away")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if not os.access(folder, os.W_OK):  # a new table takes the old one's place
         raise CommandError(f"cannot write {path}: permission denied")
     return table
 

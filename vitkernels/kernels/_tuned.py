@@ -29,8 +29,9 @@ _tried: tuple[str, str, dict[str, Any]] | None = None  # stem, key and entry ins
 
 
 def file_name(gpu: str) -> str:
-    """Of the table of the GPU that CUDA calls ``gpu``."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+    """Of the table of the GPU that CUDA calls ``gpu``. Letters beyond ASCII stand there by their numbers."""
+    plain = "".join(c if c.isascii() else f"_{ord(c):x}_" for c in gpu.lower())
+    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_") + ".json"
 
 
 def bucket(rows: int) -> int:
@@ -99,15 +100,20 @@ def read(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _ignore(path, str(error))
         return {}
     found = table.get("format") if isinstance(table, dict) else None
-    if found == FORMAT:
+    if found == FORMAT and all(_is_stem(entries) for stem, entries in table.items() if stem != "format"):
         return table
     old = "it has format 1, whose keys lack the dtype: move it away, and `vitkernels tune` writes the new one"
     _ignore(path, old if found == 1 else f"it is not a table of format {FORMAT}")
     return {}
+
+
+def _is_stem(entries: Any) -> bool:
+    """Entries by key, each of which names its plan."""
+    return isinstance(entries, dict) and all(isinstance(e, dict) and isinstance(e.get("plan"), str) for e in entries.values())
 
 
 @functools.cache  # once a process, however often tables are read again
