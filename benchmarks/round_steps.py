@@ -1,8 +1,8 @@
 """What each step of ``gpu_round.py`` does, in a process of its own: ``python benchmarks/round_steps.py STEP --rows FILE``.
 
 A step appends a JSON line to FILE for each thing that it found, at once, so that nothing is lost when it is killed. A row has
-an ``id``; a step whose FILE holds the row already does not do that part again. ``wrong`` in a row: our result is wrong, or ours
-does not run. ``unavailable``: somebody else's contender does not run here, with the reason.
+an ``id``; a step whose FILE holds the row already does not do that part again. ``wrong`` in a row: our result is wrong, ours
+does not run, or there is nothing to compare it with. ``unavailable``: somebody else's contender does not run here, with the reason.
 
 ``--dry-run`` does the same without a GPU, at tiny shapes: where results are judged kernels are interpreted, and where time is
 measured a driver that does nothing takes the launches; such rows say ``"path": "stub"`` and their times mean nothing.
@@ -96,8 +96,8 @@ class Context:
             return
         try:
             found = measure(names, build, self.device, case.batch, kernel=case.subject != "model")
-        except RuntimeError as error:  # eager itself does not run, so nothing can be compared; other cases may
-            self.tell(f"{case} eager", unavailable=str(error)[:1000])
+        except RuntimeError as error:  # eager itself does not run, so nothing can be compared; other cases go on
+            self.tell(ids["eager"], wrong=str(error)[:1000])
             return
         describe(found, module, case, self.device, {})
         for name, outcome in found.items():
@@ -239,9 +239,8 @@ def _ceilings(context: Context) -> None:
     numbers, side = (2**18, 128) if context.mode == "dry-run" else (2**29, 8192)
     source = torch.randn(numbers, device=context.device)
     copy = torch.empty_like(source)
-    a, b = (
-        torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2)
-    )  # zeros would draw less power
+    # Random numbers: zeros would draw less power.
+    a, b = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
     moved, flops = 2 * source.nbytes, 2 * side**3  # read and written
     context.tell("copy", bytes=moved, gb_per_s=moved / _seconds(lambda: copy.copy_(source), context.device) / 1e9)
     context.tell("gemm", side=side, tflops=flops / _seconds(lambda: a @ b, context.device) / 1e12)

@@ -492,7 +492,7 @@ def test_a_case_without_eager_does_not_end_the_step(round_steps, tmp_path):
     round_steps.Context(tmp_path / "rows", "dry-run").contest(module, case, ["eager", "fused"])
     (row,) = round_steps.read_rows(tmp_path / "rows")
     assert row["id"].endswith(" eager")
-    assert "80 GB" in row["unavailable"]
+    assert "80 GB" in row["wrong"]  # what is lost is not right
 
 
 def test_a_case_that_is_known_is_not_measured_again(round_steps, tmp_path):
