@@ -2,7 +2,7 @@
 
 A step appends a JSON line to FILE for each thing that it found, at once, so that nothing is lost when it is killed. A row has
 an ``id``; a step whose FILE holds the row already does not do that part again. ``wrong`` in a row: our result is wrong, ours
-does not run, or there is nothing to compare it with. ``unavailable``: somebody else's contender does not run here, with the reason.
+does not run, or there is nothing to compare it with. ``unavailable``: somebody else's contender does not run here; the reason.
 
 ``--dry-run`` does the same without a GPU, at tiny shapes: where results are judged kernels are interpreted, and where time is
 measured a driver that does nothing takes the launches; such rows say ``"path": "stub"`` and their times mean nothing.
