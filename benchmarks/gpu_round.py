@@ -199,7 +199,7 @@ def _read_archive(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dic
     names = {step.name for step in STEPS}
     try:
         with tarfile.open(file) as tar:
-            contents = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+            contents = {member.name: (tar.extractfile(member) or io.BytesIO()).read() for member in tar}
         document = json.loads(contents["round.json"])
         if document["format"] != FORMAT:
             raise Refused(f"{file} has format {document['format']}, expected {FORMAT}")

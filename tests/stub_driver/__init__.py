@@ -90,7 +90,7 @@ def _replace_torch_cuda() -> None:
     # Lambdas stand for functions of C, and host_overhead.py does not count them as calls of Python.
     torch.cuda._get_device_properties = lambda index: properties
     torch._C._cuda_getDevice = lambda: 0
-    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
 def _replace_triton_driver() -> None:
