@@ -85,6 +85,7 @@ def assert_matches_reference(
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor],
+    step: float | None = None,
 ) -> None:
     """Outputs and gradients of ``kernel`` are within budget of the float64 ``reference``, judged beside eager ``reference``."""
     got = outputs_and_gradients(kernel, inputs, cotangents)
@@ -92,7 +93,7 @@ def assert_matches_reference(
     oracle = outputs_and_gradients(reference, [None if t is None else t.double() for t in inputs], cotangents)
     assert got.keys() == eager.keys()
     for name in got:
-        assert_within_budget(name, got[name], eager[name], oracle[name])
+        assert_within_budget(name, got[name], eager[name], oracle[name], step)
 
 
 def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
