@@ -46,12 +46,9 @@ def _of_benchmarks(path: Path) -> list[Row]:
 def _of_a_round(path: Path) -> list[Row]:
     with tarfile.open(path) as tar:
         document = json.load(tar.extractfile("round.json"))
+    # Where the step that asks for the environment was cut, the tables still name the GPU.
     unknown = {"gpus": [], "device": "cuda", "threads": "?", **dict.fromkeys(("torch", "triton", "timm", "commit"))}
-    environment = {
-        **unknown,
-        "cpu": document["environment"]["gpu"],
-        **document["environment"],
-    }  # step versions may have been cut
+    environment = {**unknown, "cpu": document["environment"]["gpu"], **document["environment"]}
     return [{**row, "environment": environment} for step in document["steps"] for row in step["rows"]]
 
 
