@@ -20,7 +20,7 @@ from vitkernels.cli import _ledger
 from vitkernels.cli._chips import CHIPS
 from vitkernels.kernels import _recorder, _tuned, linear
 from vitkernels.kernels import folded_linear as kernels
-from vitkernels.models import FusedBlock, _fold
+from vitkernels.models import FusedBlock, _fold, copies_of
 from vitkernels.ops.folded_linear import fold_norm
 
 pytestmark = KERNEL_TESTS
@@ -179,10 +179,6 @@ def folded(**arguments):
     return model, vk.fuse(copy.deepcopy(model), inference=True)
 
 
-def buffers(model):
-    return [name for name, _ in model.named_buffers() if "folded_" in name]
-
-
 ARGUMENTS = [{}, {"init_values": 0.1}, {"qkv_bias": False, "proj_bias": False, "init_values": 0.1}, {"qk_norm": True}]
 
 
@@ -222,10 +218,11 @@ def test_parameters_and_state_dict_are_untouched_and_unfuse_leaves_nothing(dtype
     assert {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()} == before
     assert list(model.state_dict()) == keys
     per_block = 4 + 6 * (dtype == torch.bfloat16) if dtype != torch.float16 else 6
-    assert len(buffers(model)) == 2 * per_block
-    assert not any(b.requires_grad for b in model.buffers())
+    assert len(copies_of(model)) == 2 * per_block
+    assert not any(copy.requires_grad for copy in copies_of(model).values())
+    assert not list(model.buffers())
     vk.unfuse(model)
-    assert buffers(model) == []
+    assert copies_of(model) == {}
     assert len(pickle.dumps(model)) == pickled
     after = {name: dict(m.__dict__) for name, m in model.named_modules()}
     assert {name: set(d) for name, d in after.items()} == {name: set(d) for name, d in attributes.items()}
@@ -235,17 +232,17 @@ def test_parameters_and_state_dict_are_untouched_and_unfuse_leaves_nothing(dtype
 @on_a_cpu
 def test_float16_keeps_layer_scale_apart_which_would_underflow():
     model = vk.fuse(small(init_values=1e-5).half(), inference=True)
-    assert {name.rpartition(".")[2] for name in buffers(model)} == {
-        f"folded_{layer}_{what}" for layer in ("qkv", "fc1") for what in ("weight", "colsum", "bias")
+    assert {name.removeprefix("blocks.0.") for name in copies_of(model) if "blocks.0." in name} == {
+        f"{layer}.{what}" for layer in ("qkv", "fc1") for what in ("weight", "colsum", "bias")
     }
 
 
 @on_a_cpu
 def test_the_last_fuse_counts():
     _, model = folded(init_values=0.1)
-    assert buffers(model)
-    assert buffers(vk.fuse(model)) == []
-    assert buffers(vk.fuse(model, inference=True))
+    assert copies_of(model)
+    assert copies_of(vk.fuse(model)) == {}
+    assert copies_of(vk.fuse(model, inference=True))
 
 
 @on_a_cpu
@@ -290,9 +287,8 @@ def uses_folded(model, dtype=torch.float32):
     model = copy.deepcopy(model)
     with torch.no_grad():
         before = model(IMAGES.to(dtype))
-        for block in model.blocks:
-            for buffer in block._buffers.values():
-                buffer.add_(1.0)
+        for tensor in copies_of(model).values():
+            tensor.add_(1.0)
         return not torch.equal(model(IMAGES.to(dtype)), before)
 
 
@@ -323,26 +319,27 @@ def test_a_cast_folds_again_from_the_cast_parameters(dtype):
     stock, model = folded(init_values=0.1)
     assert_follows(model.to(dtype), stock.to(dtype), dtype)
     block = model.blocks[0]
-    assert block.folded_qkv_weight.dtype == dtype
-    assert block.folded_qkv_colsum.dtype == block.folded_qkv_bias.dtype == torch.float32
+    copies = copies_of(block)
+    assert copies["qkv.weight"].dtype == dtype
+    assert copies["qkv.colsum"].dtype == copies["qkv.bias"].dtype == torch.float32
     gamma = block.norm1.weight.float()
-    assert torch.equal(block.folded_qkv_weight, (block.attn.qkv.weight.float() * gamma).to(dtype))
+    assert torch.equal(copies["qkv.weight"], (block.attn.qkv.weight.float() * gamma).to(dtype))
     assert_follows(model.float(), stock.float())
-    assert not hasattr(block, "folded_qkv_weight")
+    assert "qkv.weight" not in copies_of(block)
 
 
 @on_a_cpu
 def test_a_cast_to_the_same_dtype_keeps_the_sums_in_float32():
     model = vk.fuse(small().bfloat16(), inference=True)
     model.to(torch.bfloat16)
-    assert model.blocks[0].folded_qkv_colsum.dtype == torch.float32
+    assert copies_of(model)["blocks.0.qkv.colsum"].dtype == torch.float32
 
 
 @on_a_cpu
 def test_moving_to_another_device_takes_the_copies_along():
     _, model = folded(init_values=0.1)
     model.to("meta")
-    assert {b.device.type for b in model.buffers()} == {"meta"}
+    assert {copy.device.type for copy in copies_of(model).values()} == {"meta"}
     with torch.no_grad():
         assert model(IMAGES.to("meta")).shape == (2, 5)
 
@@ -353,7 +350,7 @@ def test_load_state_dict_folds_again(assign):
     stock, model = folded(init_values=0.1)
     doubled(stock.parameters())
     model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=assign)
-    assert model.blocks[0].folded_of is None, "told by the block, for compiled graphs"
+    assert model.blocks[0].folded is None, "told by the block, for compiled graphs"
     assert_follows(model, stock)
     assert uses_folded(model)
 
@@ -399,7 +396,7 @@ def test_what_changes_twice_between_calls_folds_again_though_its_memory_is_reuse
 def test_a_copy_and_a_pickle_fold_again_and_hold_no_memory_of_the_original():
     stock, model = folded(init_values=0.1)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.blocks[0].folded_of is None
+        assert copied.blocks[0].folded is None
         assert_follows(copied, stock)
         assert uses_folded(copied)
 
@@ -440,12 +437,12 @@ def test_an_optimizers_step_folds_again_and_gradients_reach_the_parameters():
 def test_train_drops_the_copies_and_eval_does_not_bring_them_back():
     stock, model = folded(init_values=0.1)
     model.eval()
-    assert buffers(model)
+    assert copies_of(model)
     model.train()
-    assert buffers(model) == []
+    assert copies_of(model) == {}
     assert not model.blocks[0].inference
     assert_follows(model.eval(), stock)
-    assert buffers(model) == []
+    assert copies_of(model) == {}
 
 
 @on_a_cpu
@@ -502,7 +499,8 @@ def test_inference_mode_serves_and_later_gradients_do_too():
     doubled(model.parameters())
     with torch.inference_mode():
         torch.testing.assert_close(model(IMAGES), stock(IMAGES), atol=1e-5, rtol=1e-5)
-    assert not any(b.is_inference() for b in model.buffers())
+    assert copies_of(model)
+    assert not any(copy.is_inference() for copy in copies_of(model).values())
     model(IMAGES).sum().backward()
     assert all(p.grad is not None for p in model.blocks.parameters())
 

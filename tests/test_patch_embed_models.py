@@ -220,7 +220,7 @@ def test_a_patched_class_takes_effect(monkeypatch):
     monkeypatch.setattr(Stock, "_pos_embed", lambda self, x: torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1))
     x = images(stock)
     torch.testing.assert_close(fused(x), stock(x), atol=2e-6, rtol=1e-5)
-    assert "_pos_embed was replaced" in fused.why_not_merged()
+    assert "VisionTransformer._pos_embed was replaced" in fused.why_not_merged()
 
 
 def test_other_models_keep_their_own_positions_and_explain_says_whose():

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .. import _env, _select
+from ..models import copies_of
 from ._chips import Chip
 
 _OVERWRITES = ("copy_", "fill_", "zero_")  # in-place operators that do not read what they write
@@ -255,7 +256,8 @@ def count(
         autocast: cast as CUDA autocast to bfloat16 would.
     """
     ledger = _Ledger(chip)
-    parameters = {ledger.storage(t) for t in (*module.parameters(), *module.buffers())}
+    held = (*module.parameters(), *module.buffers(), *copies_of(module).values())
+    parameters = {ledger.storage(t) for t in held}
     functions = _Functions(ledger, autocast)
     saved: dict[int, int] = {}
 

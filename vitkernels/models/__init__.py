@@ -1,5 +1,6 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
 
+from ._fold import copies_of
 from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, undone_on_error, unfuse_classes
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock, FusedBlocks, InnerBlock
@@ -19,6 +20,7 @@ __all__ = [
     "InnerBlock",
     "VisionTransformer",
     "clear_pixel_statistics",
+    "copies_of",
     "fuse_classes",
     "load_vit_pytorch",
     "set_inference",

@@ -6,7 +6,8 @@ forward when something is found. Nothing is cached: attributes are read straight
 costs 8 us a block (through ``nn.Module.__getattr__`` it was 26) and can never be stale.
 """
 
-from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
+Shipped = tuple[tuple[Any, str, Any], ...]  # (class or module, name of a function, that function; None: replaced already)
 
 
 def global_hooks() -> list[str]:
@@ -36,7 +38,7 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
     modules = owner._modules
     for name, accepted in parts:
         child = modules.get(name)
-        if type(child) not in accepted:
+        if child is None or type(child) not in accepted:
             wanted = " or ".join(dict.fromkeys(cls.__name__ for cls in accepted))
             reasons.append(f"{prefix}{name} is {_describe(child)}, not {wanted}")
             continue
@@ -45,31 +47,98 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
             reasons.append(f"{prefix}{name} has hooks")
         elif "forward" in state:
             reasons.append(f"{prefix}{name} overrides forward")
-        elif state["_parameters"] and not _plain(state["_parameters"].values()):
+        elif not all(map(plain, tensors(child))):
             reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
     return reasons
 
 
-def _plain(parameters: Iterable[Tensor | None]) -> bool:
-    for p in parameters:
-        kind = type(p)
-        if p is None or kind is nn.Parameter or kind is Tensor:
-            continue
-        if is_traceable_wrapper_subclass(p) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
-            return False
-    return True
+def attribute(module: nn.Module, name: str) -> Any:
+    """``module.name`` for a tensor or None, found where ``nn.Module`` looks for it.
+
+    A weight need not be a parameter: DataParallel's replicas, FSDP 1 and hypernetworks set plain tensors as attributes. Asked
+    in the ordinary way, a module that ``torch.fx`` traces would answer with a proxy.
+    """
+    state = module.__dict__
+    if name in state:
+        return state[name]
+    parameters = state["_parameters"]
+    return parameters[name] if name in parameters else state["_buffers"].get(name)
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    """The weights of one of timm's and PyTorch's layers, as parameters or as plain attributes."""
+    state = module.__dict__
+    found = [p for p in state["_parameters"].values() if p is not None]
+    if type(module) not in _WITHOUT_WEIGHTS:
+        found += [state[name] for name in _WEIGHTS if isinstance(state.get(name), Tensor)]
+    return found
+
+
+_WEIGHTS = ("weight", "bias", "gamma")
+_WITHOUT_WEIGHTS = (nn.Identity, nn.Dropout, nn.GELU)
+
+
+def plain(tensor: Tensor) -> bool:
+    """No subclass that acts on its own terms."""
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor:
+        return True
+    return not is_traceable_wrapper_subclass(tensor) and kind.__torch_function__ in _PLAIN_TORCH_FUNCTIONS
 
 
 def _describe(child: nn.Module | None) -> str:
     return "missing" if child is None else f"a {type(child).__module__.partition('.')[0]} {type(child).__name__}"
 
 
-def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type, ...]]) -> tuple[tuple[type, object], ...]:
-    """The ``forward`` of ``owner`` and of every accepted class, as imported."""
-    classes = dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)])
-    return tuple((cls, cls.forward) for cls in classes)
+def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type, ...]]) -> Shipped:
+    """The ``forward`` of ``owner`` and of every accepted class, as their own modules define it."""
+    return shipped(*((cls, "forward") for cls in dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)])))
 
 
-def patched(shipped: tuple[tuple[type, object], ...]) -> list[str]:
-    """Reasons for classes whose ``forward`` was replaced since, for all instances (attention-map hacks do)."""
-    return [f"{cls.__name__}.forward was replaced" for cls, forward in shipped if cls.forward is not forward]
+def shipped(*names: tuple[type | ModuleType, str]) -> Shipped:
+    """Functions by their owners and names, as the owner's own source defines them, whenever somebody may have replaced them.
+
+    Raises:
+        RuntimeError: a class is none of timm's or PyTorch's: it has taken the place of one.
+    """
+    for owner, _ in names:
+        if isinstance(owner, type) and _package(owner.__module__) not in ("timm", "torch"):
+            raise RuntimeError(
+                f"a class of timm was replaced by {owner.__module__}.{owner.__qualname__} before vitkernels was first used;"
+                " put timm's back, and replace it after vitkernels.fuse"
+            )
+    return tuple((owner, name, getattr(owner, name) if _as_defined(owner, name) else None) for owner, name in names)
+
+
+def patched(functions: Shipped) -> list[str]:
+    """Reasons for functions that are not their owner's own now: replaced for all instances, as attention-map hacks do."""
+    return [
+        f"{owner.__name__}.{name} was replaced"
+        for owner, name, function in functions
+        if getattr(owner, name) is not function and not _as_defined(owner, name)
+    ]
+
+
+def _as_defined(owner: Any, name: str) -> bool:
+    """Is ``owner.name`` the function that the source of its class or module defines under this name?"""
+    definer = next(cls for cls in owner.__mro__ if name in cls.__dict__) if isinstance(owner, type) else owner
+    function = definer.__dict__[name]
+    if isinstance(function, BuiltinFunctionType):
+        return function.__name__ == name
+    while isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(_TRANSPARENT):
+        function = getattr(function, "__wrapped__", None)  # FX wraps while it traces; Dynamo's decorators
+    if not isinstance(function, FunctionType):  # a partial, a compiled or a scripted function
+        return False
+    # What functools.wraps cannot copy: the globals that the code reads, and the code's own name.
+    source = function.__globals__["__name__"]
+    if isinstance(owner, type):
+        return source == definer.__module__ and function.__code__.co_qualname == f"{definer.__qualname__}.{name}"
+    return _package(source) == _package(owner.__name__) and function.__code__.co_qualname == name
+
+
+_as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot read code; as _select._architecture
+_TRANSPARENT = ("torch.fx._symbolic_trace", "torch._dynamo")
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

@@ -8,14 +8,17 @@ import functools
 import torch
 import torch.fx
 from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
+from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..ops import resample_pos_embed
+from . import _guard
 
 torch.fx.wrap("resample_pos_embed")
 
-_SHIPPED = VisionTransformer._pos_embed, VisionTransformer.set_input_size
+_SHIPPED = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "_pos_embed"))
+_SHIPPED_RESIZE = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "set_input_size"))
 
 
 class FusedPositions(VisionTransformer):
@@ -27,7 +30,7 @@ class FusedPositions(VisionTransformer):
     # wraps: inspect and TorchScript, which compiles source, see timm's methods.
     @functools.wraps(VisionTransformer._pos_embed)
     def _pos_embed(self, x):
-        if not self.dynamic_img_size or self.pos_embed is None or VisionTransformer._pos_embed is not _SHIPPED[0]:
+        if not self.dynamic_img_size or self.pos_embed is None or self.why_not_resampled() or _guard.patched(_SHIPPED):
             return super()._pos_embed(x)
         batch, height, width, channels = x.shape
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
@@ -42,7 +45,7 @@ class FusedPositions(VisionTransformer):
 
     @functools.wraps(VisionTransformer.set_input_size)
     def set_input_size(self, img_size=None, patch_size=None):
-        if self.pos_embed is None or VisionTransformer.set_input_size is not _SHIPPED[1]:
+        if self.pos_embed is None or self.why_not_resampled() or _guard.patched(_SHIPPED_RESIZE):
             return super().set_input_size(img_size=img_size, patch_size=patch_size)
         pos_embed, old_size = self.pos_embed, self.patch_embed.grid_size
         self.pos_embed = None  # timm then resizes all else
@@ -56,3 +59,11 @@ class FusedPositions(VisionTransformer):
             with torch.no_grad():
                 resampled = resample_pos_embed(pos_embed, new_size, old_size, prefix)
             self.pos_embed = nn.Parameter(resampled, requires_grad=pos_embed.requires_grad)
+
+    def why_not_resampled(self) -> list[str]:
+        """Reasons why timm resamples the positions; empty when ``vitkernels.ops`` does: ``grid_size`` says what they are."""
+        positions, grid = _guard.attribute(self, "pos_embed"), getattr(self.patch_embed, "grid_size", None)
+        num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
+        if grid is None or positions.dim() != 3 or positions.shape[:2] != (1, num_positioned + grid[0] * grid[1]):
+            return [f"pos_embed of shape {tuple(positions.shape)} is not {num_positioned} tokens and a grid of {grid}"]
+        return _guard.patched(_SHIPPED[:1])

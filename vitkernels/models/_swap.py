@@ -68,6 +68,7 @@ def set_inference(model: nn.Module, on: bool) -> None:
         return
     for module in model.modules():
         if isinstance(module, FusedBlock):
+            module.inference = True
             _fold.fold(module)
         elif type(module) is FusedBlocks.stock and any(type(child) is FusedBlock for child in module.children()):
             module.__class__ = FusedBlocks

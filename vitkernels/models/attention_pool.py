@@ -17,7 +17,7 @@ from . import _guard
 
 torch.fx.wrap("attention")
 
-_SHIPPED_FORWARDS = _guard.shipped_forwards(AttentionPoolLatent)
+_SHIPPED = _guard.shipped_forwards(AttentionPoolLatent) + _guard.shipped((F, "scaled_dot_product_attention"))
 
 
 class FusedAttentionPool(AttentionPoolLatent):
@@ -50,7 +50,7 @@ class FusedAttentionPool(AttentionPoolLatent):
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock module."""
-        reasons = _guard.patched(_SHIPPED_FORWARDS)
+        reasons = _guard.patched(_SHIPPED)
         if not self.fused_attn:
             reasons.append("fused_attn is False")
         return reasons

@@ -19,6 +19,7 @@ from timm.layers import (
     Mlp,
     QuickGELU,
     RmsNorm,
+    activations,
 )
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -61,7 +62,11 @@ _MLP_PARTS: _guard.Parts = (
     ("fc2", (nn.Linear,)),
     ("drop2", (nn.Dropout,)),
 )
-_SHIPPED_FORWARDS = _guard.shipped_forwards(Block, *_BLOCK_PARTS, *_ATTENTION_PARTS, *_MLP_PARTS)
+# With the functions that these forwards call and the fused one does not.
+_SHIPPED = _guard.shipped_forwards(Block, *_BLOCK_PARTS, *_ATTENTION_PARTS, *_MLP_PARTS) + _guard.shipped(
+    *((F, name) for name in ("linear", "layer_norm", "scaled_dot_product_attention", "gelu", "silu")),
+    (activations, "quick_gelu"),
+)
 
 
 class FusedBlock(Block):
@@ -72,7 +77,7 @@ class FusedBlock(Block):
 
     stock = Block  # unannotated: TorchScript reads timm's annotations through the instance
     recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
-    inference, folded_of = False, None  # as well: _fold.py
+    inference, folded = False, None  # as well: _fold.py
 
     # wraps: inspect and TorchScript, which compiles source, see timm's forward.
     @functools.wraps(Block.forward)
@@ -143,11 +148,11 @@ class FusedBlock(Block):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         if self.inference:
-            self.folded_of = None  # the next call folds again
+            self.folded = None  # the next call folds again
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
-        reasons = _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons = _guard.global_hooks() + _guard.patched(_SHIPPED)
         reasons += _guard.children(self, "", _BLOCK_PARTS)
         attn, feed_forward = self._modules.get("attn"), self._modules.get("mlp")
         if type(attn) is Attention:
@@ -161,7 +166,7 @@ class FusedBlock(Block):
             norm = self._modules.get(name)
             if norm is not None and norm.__dict__.get("_fast_norm"):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
-        return reasons
+        return reasons or _shapes(self)
 
 
 class FusedBlocks(nn.Sequential):
@@ -222,7 +227,34 @@ def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
 _SHIPPED_FORWARD = FusedBlock.forward
 
 
-def _attention_state(attn: Attention) -> list[str]:
+def _shapes(block: nn.Module) -> list[str]:
+    """Reasons why the layers of a block that has all of them do not fit each other; timm may broadcast, or raise."""
+    attn, mlp = block._modules["attn"], block._modules["mlp"]
+    qkv, fc1 = attn._modules["qkv"], mlp._modules["fc1"]
+    qkv_weight, fc1_weight = _guard.attribute(qkv, "weight"), _guard.attribute(fc1, "weight")
+    width, heads, hidden = qkv_weight.shape[-1], attn.num_heads * attn.head_dim, fc1_weight.shape[0]
+    layers = (
+        ("attn.qkv", qkv, (3 * heads, width)),
+        ("attn.proj", attn._modules["proj"], (width, heads)),
+        ("mlp.fc1", fc1, (hidden, width)),
+        ("mlp.fc2", mlp._modules["fc2"], (width, hidden)),
+        ("norm1", block._modules["norm1"], (width,)),
+        ("norm2", block._modules["norm2"], (width,)),
+    )
+    reasons = []
+    for name, layer, shape in layers:
+        weight, bias = _guard.attribute(layer, "weight"), _guard.attribute(layer, "bias")
+        norm = layer.__dict__.get("normalized_shape", shape)
+        if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape[:1]) or norm != shape:
+            reasons.append(f"{name} is not of shape {shape}")
+    for name in ("ls1", "ls2"):
+        gamma = _guard.attribute(block._modules[name], "gamma")
+        if gamma is not None and gamma.shape != (width,):
+            reasons.append(f"{name}.gamma has shape {tuple(gamma.shape)}, not ({width},)")
+    return reasons
+
+
+def _attention_state(attn: nn.Module) -> list[str]:
     reasons = []
     if not attn.fused_attn:
         reasons.append("attn.fused_attn is False")

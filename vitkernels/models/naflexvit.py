@@ -7,20 +7,27 @@ mixed batch it loops over the grid sizes, five launches each, after two host syn
 import functools
 
 import torch
+import torch.nn.functional as F
 from timm.layers import disable_compiler
+from timm.models import naflexvit as timm_naflex
 from timm.models.naflexvit import NaFlexEmbeds
 from torch import nn
 
 from ..ops import _availability, patch_embed, resample_pos_embed_many
 from ..ops.linear import compute_dtype
 from . import _guard
-from .patch_embed import linear_as_convolution
+from .patch_embed import linear_as_convolution, why_not_plain
 
 _MODES = ("bicubic", "bilinear")
 _PARTS: _guard.Parts = (("proj", (nn.Linear, nn.Conv2d)), ("norm", (nn.Identity,)))
-_SHIPPED_FORWARDS = _guard.shipped_forwards(NaFlexEmbeds, *_PARTS)
-_SHIPPED = tuple(
-    (name, getattr(NaFlexEmbeds, name)) for name in ("_apply_learned_naflex_pos_embed", "_apply_learned_pos_embed")
+_SHIPPED_POSITIONS = _guard.shipped(
+    (NaFlexEmbeds, "_apply_learned_naflex_pos_embed"),
+    (NaFlexEmbeds, "_apply_learned_pos_embed"),
+    (timm_naflex, "calculate_naflex_grid_sizes"),
+    (F, "interpolate"),
+)
+_SHIPPED = _guard.shipped_forwards(NaFlexEmbeds, *_PARTS) + _guard.shipped(
+    (timm_naflex, "batch_patchify"), (F, "linear"), (nn.Conv2d, "_conv_forward"), (F, "conv2d")
 )
 
 
@@ -95,8 +102,9 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""
-        reasons = self._why_not_resampled() + _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons = self._why_not_resampled() + _guard.global_hooks() + _guard.patched(_SHIPPED)
         reasons += _guard.children(self, "", _PARTS)
+        reasons += self._why_not_of_shape()
         if self.norm_input is not None:
             reasons.append("norm_input comes before proj")
         return reasons
@@ -109,13 +117,36 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         return reasons
 
     def _why_not_resampled(self) -> list[str]:
-        reasons = [
-            f"NaFlexEmbeds.{name} was replaced" for name, method in _SHIPPED if getattr(NaFlexEmbeds, name) is not method
-        ]
+        reasons = _guard.patched(_SHIPPED_POSITIONS)
+        positions = _guard.attribute(self, "pos_embed")
         if self.pos_embed_type != "learned":
             reasons.append(f"position embeddings are {self.pos_embed_type}, not learned")
-        elif not _guard._plain(self._parameters.values()):
+        elif not _guard.plain(positions):
             reasons.append("pos_embed is a tensor subclass")
+        elif positions.dim() != 4 or positions.shape[0] != 1:
+            reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not (1, h, w, D)")
         if self.pos_embed_interp_mode not in _MODES:
             reasons.append(f"interpolation is {self.pos_embed_interp_mode}, not {' or '.join(_MODES)}")
+        return reasons
+
+    def _why_not_of_shape(self) -> list[str]:
+        """What timm would broadcast or refuse."""
+        proj, (patch_h, patch_w) = self._modules["proj"], self.patch_size
+        if type(proj) not in (nn.Linear, nn.Conv2d):
+            return []
+        weight, reasons = _guard.attribute(proj, "weight"), []
+        if type(proj) is nn.Conv2d:
+            reasons += why_not_plain(proj)
+            fits = weight.shape[2:] == (patch_h, patch_w)
+        else:
+            fits = weight.shape[1] == patch_h * patch_w * self.in_chans
+        if not fits:
+            reasons.append(f"proj.weight has shape {tuple(weight.shape)}, and patches are {patch_h}x{patch_w}")
+        for name in ("cls_token", "reg_token"):
+            token = _guard.attribute(self, name)
+            if token is not None and (token.dim() != 3 or token.shape[0] != 1 or token.shape[2] != weight.shape[0]):
+                reasons.append(f"{name} has shape {tuple(token.shape)}, not (1, P, {weight.shape[0]})")
+        positions = _guard.attribute(self, "pos_embed")
+        if positions is not None and positions.shape[-1] != weight.shape[0]:
+            reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {weight.shape[0]}")
         return reasons

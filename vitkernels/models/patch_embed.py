@@ -8,7 +8,7 @@ a channel-major stream.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Optional  # noqa: F401  Optional: a name in timm's source, for TorchScript
+from typing import Any, NamedTuple, Optional  # noqa: F401  Optional: a name in timm's source, for TorchScript
 
 import torch
 import torch.fx
@@ -27,7 +27,7 @@ for _leaf in ("patch_embed", "resample_pos_embed", "_patch_embed_pixels", "_floa
     torch.fx.wrap(_leaf)
 
 _PARTS: _guard.Parts = (("proj", (nn.Conv2d,)),)
-_SHIPPED_FORWARDS = _guard.shipped_forwards(PatchEmbed, *_PARTS)
+_SHIPPED = _guard.shipped_forwards(PatchEmbed, *_PARTS) + _guard.shipped((nn.Conv2d, "_conv_forward"), (F, "conv2d"))
 _STATISTICS = "pixel_statistics"
 
 
@@ -39,8 +39,10 @@ class FusedPatchEmbed(PatchEmbed):
     # wraps: inspect and TorchScript, which compiles source, see timm's forward.
     @functools.wraps(PatchEmbed.forward)
     def forward(self, x):
+        if type(x) is _Images:
+            return _Embedded(x.model.embed(x.pixels))
         if self.why_not():
-            statistics = self._buffers.get(_STATISTICS)
+            statistics = _guard.attribute(self, _STATISTICS)
             return super().forward(
                 x if statistics is None else _float_pixels(x, statistics, next(self.proj.parameters()).dtype)
             )
@@ -55,11 +57,11 @@ class FusedPatchEmbed(PatchEmbed):
         if self.strict_img_size:
             _assert(height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]}).")
             _assert(width == self.img_size[1], f"Input width ({width}) doesn't match model ({self.img_size[1]}).")
-            (patch_h, patch_w), (grid_h, grid_w) = self.patch_size, self.grid_size
-            if (grid_h * patch_h, grid_w * patch_w) != self.img_size:
+            patch_h, patch_w = self._patch()
+            if self.img_size[0] % patch_h or self.img_size[1] % patch_w:
                 # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
-                x = x[..., : grid_h * patch_h, : grid_w * patch_w]
-        statistics = self._buffers.get(_STATISTICS)
+                x = x[..., : self.img_size[0] // patch_h * patch_h, : self.img_size[1] // patch_w * patch_w]
+        statistics = _guard.attribute(self, _STATISTICS)
         if statistics is not None:
             return _patch_embed_pixels(x, self.proj.weight, self.proj.bias, statistics, **positions)
         return patch_embed(x, self.proj.weight, self.proj.bias, **positions)
@@ -74,20 +76,20 @@ class FusedPatchEmbed(PatchEmbed):
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """(Gh, Gw) of these images."""
-        return x.shape[-2] // self.patch_size[0], x.shape[-1] // self.patch_size[1]
+        patch_h, patch_w = self._patch()
+        return x.shape[-2] // patch_h, x.shape[-1] // patch_w
+
+    def _patch(self) -> tuple[int, int]:
+        """The convolution's, which cuts the patches. ``patch_size`` and ``grid_size`` are numbers that a user may have set."""
+        return _guard.attribute(self._modules["proj"], "weight").shape[2:]
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock module."""
-        reasons = _guard.global_hooks() + _guard.patched(_SHIPPED_FORWARDS)
+        reasons = _guard.global_hooks() + _guard.patched(_SHIPPED)
         reasons += _guard.children(self, "", _PARTS)
         proj = self._modules.get("proj")
-        if type(proj) is nn.Conv2d and (proj.stride, proj.padding, proj.dilation, proj.groups) != (
-            proj.kernel_size,
-            (0, 0),
-            (1, 1),
-            1,
-        ):
-            reasons.append("proj is not a plain convolution whose stride is its kernel size")
+        if type(proj) is nn.Conv2d:
+            reasons += why_not_plain(proj)
         if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
             reasons.append(f"output format {self.output_fmt} is not tokens-major")
         if self.img_size is None:
@@ -95,6 +97,15 @@ class FusedPatchEmbed(PatchEmbed):
         if self.dynamic_img_pad:
             reasons.append("dynamic_img_pad pads the image first")
         return reasons
+
+
+def why_not_plain(proj: nn.Conv2d) -> list[str]:
+    """A reason if ``proj`` does more than multiply patches."""
+    weight, bias = _guard.attribute(proj, "weight"), _guard.attribute(proj, "bias")
+    settings = (proj.stride, proj.padding, proj.dilation, proj.groups)
+    if settings == (weight.shape[2:], (0, 0), (1, 1), 1) and (bias is None or bias.shape == weight.shape[:1]):
+        return []
+    return ["proj is not a plain convolution whose stride is its kernel size"]
 
 
 # uint8 pixels. mean and std are a float32 buffer that no state dict has.
@@ -131,25 +142,34 @@ def _float_pixels(images: Tensor, statistics: Tensor, dtype: torch.dtype) -> Ten
     return normalise(images, *statistics.unbind()).to(dtype) if images.dtype == torch.uint8 else images
 
 
-_SHIPPED_POS_EMBED = timm_vit.VisionTransformer._pos_embed
-
-
 class FusedVisionTransformer(FusedPositions):
     """timm's ``VisionTransformer`` with patch embedding, prefix tokens and positions as one operator.
 
-    That holds inside ``forward_features`` and ``forward_intermediates``; ``model.patch_embed(x)`` keeps timm's shapes. A model
-    whose stem is not a fused ``PatchEmbed`` alone (``why_not_merged``) runs timm's two steps.
+    That holds inside timm's own ``forward_features`` and ``forward_intermediates``; called from elsewhere, ``model.patch_embed(x)``
+    and ``model._pos_embed(x)`` do what timm's do. A model whose stem is not a fused ``PatchEmbed`` alone (``why_not_merged``)
+    runs timm's two steps.
     """
+
+    # Not super(): timm's method of the moment, which may have been replaced, on the model itself.
 
     @functools.wraps(timm_vit.VisionTransformer.forward_features)
     def forward_features(self, x, attn_mask=None, is_causal=False):
-        model = self if self.why_not_merged() else _Embedded(self, x)
-        return timm_vit.VisionTransformer.forward_features(model, x, attn_mask=attn_mask, is_causal=is_causal)
+        return timm_vit.VisionTransformer.forward_features(self, self._to_merge(x), attn_mask=attn_mask, is_causal=is_causal)
 
     @functools.wraps(timm_vit.VisionTransformer.forward_intermediates)
     def forward_intermediates(self, x, *args, **kwargs):
-        model = self if self.why_not_merged() else _Embedded(self, x)
-        return timm_vit.VisionTransformer.forward_intermediates(model, x, *args, **kwargs)
+        return timm_vit.VisionTransformer.forward_intermediates(self, self._to_merge(x), *args, **kwargs)
+
+    @functools.wraps(timm_vit.VisionTransformer._pos_embed)
+    def _pos_embed(self, x):
+        return x.tokens if type(x) is _Embedded else super()._pos_embed(x)
+
+    def _to_merge(self, x):
+        if self.why_not_merged():
+            return x
+        if isinstance(x, torch.fx.Proxy) and x.tracer.is_leaf_module(self.patch_embed, x.tracer.path_of_module(self.patch_embed)):
+            return x
+        return _Images(x, self)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call would add prefix tokens and positions in timm's own steps; empty when one operator does."""
@@ -158,12 +178,33 @@ class FusedVisionTransformer(FusedPositions):
             return [f"patch_embed is a {type(stem).__name__}"]
         reasons = stem.why_not()
         reasons += _guard.children(self, "", (("patch_embed", (type(stem),)),))
-        if type(stem).forward is not FusedPatchEmbed.forward:
+        if type(stem).forward is not FusedPatchEmbed.forward or stem._compiled_call_impl is not None:
             reasons.append("patch_embed overrides forward")
         reasons += _guard.children(stem, "patch_embed.", (("norm", (nn.Identity,)),))
-        replaced = type(self)._pos_embed is not FusedVisionTransformer._pos_embed or "_pos_embed" in self.__dict__
-        if replaced or timm_vit.VisionTransformer._pos_embed is not _SHIPPED_POS_EMBED:
+        if type(self)._pos_embed is not FusedVisionTransformer._pos_embed or "_pos_embed" in self.__dict__:
             reasons.append("_pos_embed was replaced")
+        reasons += _guard.patched(_SHIPPED_STEPS)
+        return reasons or self._why_not_of_shape(stem)
+
+    def _why_not_of_shape(self, stem: FusedPatchEmbed) -> list[str]:
+        """What timm would broadcast, resample by another rule, or refuse."""
+        positions, weight = _guard.attribute(self, "pos_embed"), _guard.attribute(stem._modules["proj"], "weight")
+        width, num_prefix, reasons = weight.shape[0], 0, []
+        for name in ("cls_token", "reg_token"):
+            token = _guard.attribute(self, name)
+            if token is None:
+                continue
+            if token.dim() != 3 or token.shape[0] != 1 or token.shape[2] != width:
+                reasons.append(f"{name} has shape {tuple(token.shape)}, not (1, P, {width})")
+            else:
+                num_prefix += token.shape[1]
+        if positions is not None and self.dynamic_img_size:
+            reasons += self.why_not_resampled()
+        elif positions is not None:
+            patches = (stem.img_size[0] // weight.shape[2]) * (stem.img_size[1] // weight.shape[3])
+            shape = (1, patches + (0 if self.no_embed_class else num_prefix), width)
+            if positions.shape != shape:
+                reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not {shape}")
         return reasons
 
     def embed(self, x: Tensor) -> Tensor:
@@ -182,29 +223,30 @@ class FusedVisionTransformer(FusedPositions):
         return tokens if positions is None else self.pos_drop(tokens)
 
 
-class _Embedded:
-    """A model whose stem has run: timm's methods take it for ``self``, so that nothing of them has to be copied here."""
-
-    def __init__(self, model: FusedVisionTransformer, x: Tensor) -> None:
-        self._model = model
-        self.patch_embed = _Stem(model.patch_embed, model.embed(x))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        return x
+# What timm's methods carry from `forward_features(x)` through `x = self.patch_embed(x)` to `x = self._pos_embed(x)`: the stem and
+# the model know by the type that they are called from there, whatever thread and however nested.
 
 
-class _Stem:
-    def __init__(self, stem: FusedPatchEmbed, tokens: Tensor) -> None:
-        self._stem, self._tokens = stem, tokens
+class _Images(NamedTuple):
+    """Images whose tokens are to have prefix tokens and positions, for the stem of ``model``."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._tokens
+    pixels: Tensor
+    model: FusedVisionTransformer
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stem, name)
+    @property
+    def shape(self) -> torch.Size:
+        return self.pixels.shape
+
+
+class _Embedded(NamedTuple):
+    """Tokens that have them."""
+
+    tokens: Tensor
+
+
+_SHIPPED_STEPS = _guard.shipped(
+    *((timm_vit.VisionTransformer, name) for name in ("forward_features", "forward_intermediates", "_pos_embed"))
+)
 
 
 def linear_as_convolution(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
