@@ -4,6 +4,9 @@ A fused forward calls none of its children, so each of these would be skipped in
 test does the same to timm's model, and checks that it has an effect there at all.
 """
 
+import copy
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,7 @@ from test_timm_contract import (
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parallel import replicate
 from torch.nn.utils import parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -315,3 +319,128 @@ def test_gated_attention_is_not_fused():
         nn.init.zeros_(model.blocks[1].attn.gate.bias)
 
     assert_modified_alike(modify)
+
+
+# Weights that are no parameters: plain tensors, as DataParallel's replicas, FSDP 1 and hypernetworks set them.
+
+
+def plain_tensors(module: nn.Module) -> None:
+    for layer in module.modules():
+        for name, parameter in list(layer._parameters.items()):
+            if parameter is not None:
+                delattr(layer, name)
+                setattr(layer, name, parameter.detach() * 1.5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", ["norm1", "attn.qkv", "attn.proj", "ls1", "mlp.fc1", "mlp.fc2", "patch_embed"])
+def test_weights_that_are_plain_tensors_take_effect_and_the_block_stays_fused(name, inference):
+    stock, fused = stock_and_fused(init_values=0.1)
+    if inference:
+        vitkernels.fuse(fused, inference=True)
+    for model in (stock, fused):
+        plain_tensors(model.patch_embed if name == "patch_embed" else model.blocks[1].get_submodule(name))
+    x = images()
+    with torch.no_grad():
+        expected = stock(x)
+        got, ran = counted(fused, x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert ran == 2
+
+
+def test_weights_with_a_gradient_of_their_own_get_it_through_the_fused_block():
+    """As a hypernetwork makes them: the weight is a function of something that trains."""
+    stock, fused = stock_and_fused()
+    knobs = []
+    for model in (stock, fused):
+        layer, knob = model.blocks[1].mlp.fc1, torch.tensor(2.0, requires_grad=True)
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.weight = weight * knob
+        model(images().fill_(0.5)).sum().backward()
+        knobs.append(knob)
+    assert knobs[0].grad != 0
+    torch.testing.assert_close(knobs[1].grad, knobs[0].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_subclass_as_a_plain_attribute_runs_timms_forward():
+    _, fused = stock_and_fused()
+    layer = fused.blocks[1].mlp.fc1
+    weight = layer.weight.detach().as_subclass(_Counting)
+    del layer.weight
+    layer.weight = weight
+    assert counted(fused, images())[1] == 1
+    assert "tensor subclass" in reasons(fused)[0]
+
+
+REPLICATED = {
+    "plain": ({}, {}),
+    "layer scale, q and k norms": ({"init_values": 0.1, "qk_norm": True}, {}),
+    "dynamic size": ({"dynamic_img_size": True, "reg_tokens": 2}, {}),
+    "attention pooling": ({"class_token": False, "global_pool": "map"}, {}),
+    "recompute": ({}, {"recompute": "mlp"}),
+    "inference": ({"init_values": 0.1}, {"inference": True}),
+    "uint8": ({}, {"input": "uint8"}),
+    "NaFlex": ({"name": "naflexvit_base_patch16_gap", "img_size": None}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", REPLICATED)
+def test_replicas_of_data_parallel_give_stocks_numbers_and_leave_the_model_as_it_is(kind, monkeypatch):
+    """By torch's own ``replicate``; what copies to devices is replaced, since a CPU has one."""
+    arguments, options = REPLICATED[kind]
+    stock = build(**arguments)
+    fused = vitkernels.fuse(copy.deepcopy(stock), **options)
+    monkeypatch.setattr(
+        sys.modules[replicate.__module__],
+        "_broadcast_coalesced_reshape",
+        lambda ts, to, detach=False: [[t.clone() for t in ts] for _ in to],
+    )
+    before = [{**vars(module)} for module in fused.modules()]
+    transient = [{*module._non_persistent_buffers_set} for module in fused.modules()]
+    replicas = replicate(fused, ["cuda:0", "cuda:1"], detach=True)
+    assert not list(replicas[1].parameters())
+    x = images()
+    with torch.no_grad():
+        for pixels in [x, *([torch.randint(0, 256, x.shape, dtype=torch.uint8)] if kind == "uint8" else [])]:
+            mean, std = (torch.tensor(stock.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+            expected = stock(pixels if pixels.is_floating_point() else (pixels / 255 - mean) / std)
+            for replica in replicas:
+                got, ran = counted(replica, pixels)
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+                assert ran == 2
+    assert [{**vars(module)} for module in fused.modules()] == before
+    assert [module._non_persistent_buffers_set for module in fused.modules()] == transient
+
+
+# Shapes that timm broadcasts, or refuses.
+
+
+def test_a_layer_norm_over_two_dimensions_runs_timms_forward():
+    def modify(model):
+        model.blocks[1].norm1 = nn.LayerNorm((17, 64))
+
+    assert_modified_alike(modify)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 64), (17, 1)])
+def test_a_layer_scale_that_broadcasts_takes_effect(shape):
+    def modify(model):
+        model.blocks[1].ls2.gamma = nn.Parameter(torch.full(shape, 0.7))
+
+    assert_modified_alike(modify, init_values=0.1)
+
+
+def test_a_width_that_the_norm_does_not_have_is_refused_as_in_timm():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        model.blocks[1].norm2.normalized_shape = (32,)
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            model(images())
+
+
+def test_heads_of_another_number_set_by_hand_take_effect():
+    def modify(model):
+        model.blocks[1].attn.num_heads, model.blocks[1].attn.head_dim = 4, 16
+
+    assert_modified_alike(modify, blocks=2)

@@ -1,9 +1,14 @@
 """Patched forwards take effect, random numbers are timm's, and explain says what runs: the rest of the per-call guard."""
 
+import json
+import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_timm_contract import (
     assert_modified_alike,
     assert_runs_fused,
@@ -86,6 +91,117 @@ def test_class_wide_patch_taken_back_leaves_the_model_fused(monkeypatch):
         patch.setattr(Attention, "forward", _attention_that_keeps_its_map)
         assert counted(fused, images())[1] == 0
     assert_runs_fused(fused, stock, images())
+
+
+FUNCTIONS = ["linear", "layer_norm", "scaled_dot_product_attention", "gelu", "conv2d"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_replaced_function_of_torch_takes_effect(name, monkeypatch):
+    """As SageAttention's users replace ``F.scaled_dot_product_attention``."""
+    stock, fused = stock_and_fused()
+    x = images()
+    before = stock(x)
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **kwargs: 1.5 * original(*args, **kwargs))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused(x), expected)
+
+
+# What was patched before vitkernels was first used. The models are imported anew for each, in a process of their own.
+BEFORE = """
+import copy, functools, importlib, json, sys
+import timm, torch, torch.nn.functional as F
+from timm import layers
+from timm.models import naflexvit, vision_transformer as vit
+import vitkernels
+
+vitkernels.ops._availability.leaves_to_pytorch = lambda x: False  # as on a GPU
+
+def mixing(original):
+    @functools.wraps(original)
+    def patched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        return (mixed(result[0]), result[1]) if isinstance(result, tuple) else mixed(result)
+    return patched
+
+def mixed(x):
+    return x + x.roll(1, -1)
+
+def bilinear(original):
+    return functools.partial(original, interpolation="bilinear")
+
+def positions(self, x, grid_size):
+    x.add_(2.0)
+
+torch.manual_seed(0)
+SMALL = {"img_size": 64, "depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
+model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, init_values=0.1, **SMALL).eval()
+pooled = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="map", **SMALL).eval()
+naflex = timm.create_model("naflexvit_base_patch16_gap", **{**SMALL, "img_size": None}).eval()
+with torch.no_grad():
+    for p in [*model.parameters(), *pooled.parameters(), *naflex.parameters()]:
+        p.add_(torch.randn_like(p), alpha=0.1)
+x = torch.randn(1, 3, 96, 96)
+CASES = {
+    "Block": (vit.Block, "forward", mixing, model),
+    "Attention": (layers.Attention, "forward", mixing, model),
+    "Mlp": (layers.Mlp, "forward", mixing, model),
+    "PatchEmbed": (layers.PatchEmbed, "forward", mixing, model),
+    "LayerNorm": (layers.LayerNorm, "forward", mixing, model),
+    "LayerScale": (layers.LayerScale, "forward", mixing, model),
+    "Linear": (torch.nn.Linear, "forward", mixing, model),
+    "Conv2d": (torch.nn.Conv2d, "_conv_forward", mixing, model),
+    "partial": (layers.Attention, "forward", lambda original: functools.partialmethod(mixing(original)), model),
+    "_pos_embed": (vit.VisionTransformer, "_pos_embed", mixing, model),
+    "forward_features": (vit.VisionTransformer, "forward_features", mixing, model),
+    "resample_abs_pos_embed": (vit, "resample_abs_pos_embed", bilinear, model),
+    "scaled_dot_product_attention": (F, "scaled_dot_product_attention", mixing, model),
+    "linear": (F, "linear", mixing, model),
+    "AttentionPoolLatent": (layers.AttentionPoolLatent, "forward", mixing, pooled),
+    "NaFlexEmbeds": (naflexvit.NaFlexEmbeds, "forward", mixing, naflex),
+    "_apply_learned_pos_embed": (naflexvit.NaFlexEmbeds, "_apply_learned_pos_embed", lambda original: positions, naflex),
+}
+found = {}
+for case, (owner, name, patch, stock) in CASES.items():
+    pixels = x if stock is not pooled else x[..., :64, :64]
+    with torch.no_grad():
+        before, original = stock(pixels), getattr(owner, name)
+        setattr(owner, name, patch(original))
+        for module in [module for module in sys.modules if module.startswith("vitkernels.models")]:
+            del sys.modules[module]
+        vars(vitkernels).pop("models", None)
+        expected = stock(pixels)
+        fused = vitkernels.fuse(copy.deepcopy(stock))
+        patched = fused(pixels)
+        setattr(owner, name, original)
+        restored, ran = fused(pixels), all(module.fused for module in vitkernels.explain(fused).modules)
+    close = lambda a, b: bool(torch.allclose(a, b, atol=1e-5, rtol=1e-5))
+    found[case] = [close(expected, before), close(patched, expected), close(restored, before), ran]
+
+vit.Block = type("Block", (), {"forward": None, "__module__": "mine"})
+for module in [module for module in sys.modules if module.startswith("vitkernels.models")]:
+    del sys.modules[module]
+vars(vitkernels).pop("models", None)
+try:
+    vitkernels.fuse(copy.deepcopy(model))
+except RuntimeError as error:
+    found["class"] = str(error)
+json.dump(found, sys.stdout)
+"""
+
+
+def test_what_was_patched_before_the_first_use_takes_effect_and_can_be_taken_back():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", BEFORE], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    message = found.pop("class")
+    assert "a class of timm was replaced by mine.Block before vitkernels was first used" in message
+    assert len(found) == 17
+    wrong = {case: flags for case, flags in found.items() if flags != [False, True, True, True]}
+    assert not wrong, "[no effect in timm, as timm when patched, as timm when restored, fused then]"
 
 
 # Random numbers: as many draws as timm, of the same shapes, in the same order.

@@ -145,9 +145,9 @@ def _float_pixels(images: Tensor, statistics: Tensor, dtype: torch.dtype) -> Ten
 class FusedVisionTransformer(FusedPositions):
     """timm's ``VisionTransformer`` with patch embedding, prefix tokens and positions as one operator.
 
-    That holds inside timm's own ``forward_features`` and ``forward_intermediates``; called from elsewhere, ``model.patch_embed(x)``
-    and ``model._pos_embed(x)`` do what timm's do. A model whose stem is not a fused ``PatchEmbed`` alone (``why_not_merged``)
-    runs timm's two steps.
+    That holds inside timm's own ``forward_features`` and ``forward_intermediates``; called from elsewhere, the model's
+    ``patch_embed`` and ``_pos_embed`` do what timm's do. A model whose stem is not a fused ``PatchEmbed`` alone
+    (``why_not_merged``) runs timm's two steps.
     """
 
     # Not super(): timm's method of the moment, which may have been replaced, on the model itself.
@@ -167,7 +167,9 @@ class FusedVisionTransformer(FusedPositions):
     def _to_merge(self, x):
         if self.why_not_merged():
             return x
-        if isinstance(x, torch.fx.Proxy) and x.tracer.is_leaf_module(self.patch_embed, x.tracer.path_of_module(self.patch_embed)):
+        if isinstance(x, torch.fx.Proxy) and x.tracer.is_leaf_module(
+            self.patch_embed, x.tracer.path_of_module(self.patch_embed)
+        ):
             return x
         return _Images(x, self)
 
@@ -223,8 +225,8 @@ class FusedVisionTransformer(FusedPositions):
         return tokens if positions is None else self.pos_drop(tokens)
 
 
-# What timm's methods carry from `forward_features(x)` through `x = self.patch_embed(x)` to `x = self._pos_embed(x)`: the stem and
-# the model know by the type that they are called from there, whatever thread and however nested.
+# What timm's methods carry from `forward_features(x)` through `x = self.patch_embed(x)` to `x = self._pos_embed(x)`. The type
+# tells the stem and the model that they are called from there, in whatever thread and however nested.
 
 
 class _Images(NamedTuple):
