@@ -4,6 +4,8 @@ import contextlib
 import copy
 import importlib
 import pickle
+import sys
+import threading
 
 import pytest
 import timm
@@ -373,6 +375,37 @@ def test_a_changed_part_of_a_block_folds_again(change):
     change(stock.blocks[1])
     change(model.blocks[1])
     assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
+def test_threads_that_call_a_changed_model_at_once_find_the_new_copies_each():
+    """Six workers of a server whose weights are reloaded. They start together and are switched as often as can be."""
+    stock, model = folded(init_values=0.1)
+    interval, errors = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-6)
+
+    def call():
+        barrier.wait()
+        try:
+            assert_follows(model, stock)
+        except BaseException as error:
+            errors.append(error)
+
+    try:
+        for _ in range(20):
+            doubled(stock.parameters()), doubled(model.parameters())
+            for parameter, other in zip(stock.parameters(), model.parameters(), strict=True):
+                parameter.data, other.data = (t / t.abs().max().clamp_min(1.0) for t in (parameter.data, other.data))
+            barrier = threading.Barrier(6)
+            threads = [threading.Thread(target=call) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
     assert uses_folded(model)
 
 

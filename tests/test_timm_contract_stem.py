@@ -15,6 +15,8 @@ from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import nn
 
+import vitkernels
+
 
 @pytest.mark.parametrize("register", HOOKS)
 def test_hook_on_the_patch_projection_fires(register):
@@ -167,3 +169,207 @@ def test_reassigned_parameter_around_the_blocks_takes_effect(name):
         setattr(owner, attribute, nn.Parameter(getattr(owner, attribute).detach() * 2))
 
     assert_modified_alike(modify, blocks=2, reg_tokens=2)
+
+
+# Forwards of the model itself.
+
+
+def own_features(self, x, attn_mask=None, is_causal=False):
+    """Adds the positions itself, and keeps something on the model: as code that visualises or masks tokens does."""
+    x = self.patch_embed(x).flatten(1, -2)
+    self.kept = x
+    x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+    return self.norm(self.blocks(x))
+
+
+def around(original):
+    def forward(self, x, *args, **kwargs):
+        self.kept = x
+        return original(self, 2 * x, *args, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["forward_features", "forward_intermediates"])
+@pytest.mark.parametrize("kind", ["own", "around"])
+def test_a_replaced_forward_of_the_model_runs_on_the_model_itself(kind, name, dynamic, where, monkeypatch):
+    stock, fused = stock_and_fused(dynamic_img_size=dynamic)
+    replacement = own_features if kind == "own" else around(getattr(VisionTransformer, name))
+    x = images()
+    before = getattr(stock, name)(x)
+    if where == "class":
+        monkeypatch.setattr(VisionTransformer, name, replacement)
+    else:
+        for model in (stock, fused):
+            setattr(model, name, types.MethodType(replacement, model))
+    expected = getattr(stock, name)(x)
+    assert_same(getattr(fused, name)(x), expected)
+    assert_same(fused.kept, stock.kept)
+    assert kind == "own" or not torch.equal(before[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2, "no_embed_class": True}, {"pos_embed": "none"}]
+)
+def test_the_steps_called_one_by_one_are_timms(arguments):
+    stock, fused = stock_and_fused(**arguments)
+    x = images()
+    patches = fused.patch_embed(x)
+    assert_same(patches, stock.patch_embed(x))
+    assert_same(fused._pos_embed(patches), stock._pos_embed(stock.patch_embed(x)))
+    assert_same(fused.blocks(fused._pos_embed(patches)), stock.blocks(stock._pos_embed(stock.patch_embed(x))))
+
+
+def test_a_module_of_the_model_that_calls_its_stem_gets_timms_tokens():
+    """The stem runs inside forward_features, but was not called by it."""
+
+    class Again(nn.Module):
+        def __init__(self, model, x):
+            super().__init__()
+            self.owner, self.x = [model], x
+
+        def forward(self, tokens):
+            (model,) = self.owner
+            return tokens + model.patch_embed(self.x).flatten(1, -2).mean(1, keepdim=True)
+
+    x = images()
+
+    def modify(model):
+        model.norm_pre = Again(model, x)
+
+    assert_modified_alike(modify, blocks=2, x=x)
+
+
+def test_a_subclass_may_wrap_the_steps():
+    class Mine(vitkernels.VisionTransformer):
+        def forward_features(self, x, **kwargs):
+            self.seen = self._pos_embed(self.patch_embed(x))
+            return super().forward_features(x, **kwargs)
+
+    arguments = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 10}
+    model = Mine(**arguments).eval()
+    stock = VisionTransformer(**arguments).eval()
+    stock.load_state_dict(model.state_dict())
+    x = images()
+    assert_same(model(x), stock(x))
+    assert_same(model.seen, stock._pos_embed(stock.patch_embed(x)))
+    assert model.why_not_merged() == []
+
+
+# Sizes and tables that timm accepts, or refuses.
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (64,), (17, 64), (2, 17, 64), (1, 17, 1)])
+def test_a_position_table_that_broadcasts_takes_effect(shape):
+    table = torch.randn(shape)
+    assert_modified_alike(lambda model: setattr(model, "pos_embed", nn.Parameter(table.clone())), blocks=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 5, 64), (1, 10, 64)])
+def test_a_position_table_of_another_grid_takes_effect_with_dynamic_sizes(shape):
+    """``patch_embed.grid_size`` no longer says what its grid is: timm broadcasts, resamples by the wrong grid, or raises."""
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        model.pos_embed = nn.Parameter(torch.randn(shape))
+    x = images()
+    try:
+        expected = stock(x)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            fused(x)
+    else:
+        assert_same(fused(x), expected)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"img_size": (96, 96)},
+        {"grid_size": (2, 2)},
+        {"grid_size": (2, 8)},
+        {"patch_size": (8, 8)},
+        {"img_size": (96, 96), "grid_size": (6, 6), "strict_img_size": False},
+        {"img_size": (96, 96), "strict_img_size": False},
+        {"img_size": None},
+    ],
+    ids=str,
+)
+def test_sizes_set_by_hand_take_effect_as_in_timm(sizes, dynamic):
+    stock, fused = stock_and_fused(dynamic_img_size=dynamic)
+    for model in (stock, fused):
+        vars(model.patch_embed).update(sizes)
+    for x in (images(), images(size=96), images(size=(96, 32))):
+        try:
+            expected = stock(x)
+        except (RuntimeError, AssertionError):
+            with pytest.raises((RuntimeError, AssertionError)):
+                fused(x)
+        else:
+            assert_same(fused(x), expected)
+
+
+def test_a_table_for_larger_images_sees_all_of_them():
+    """As checkpoints are adapted by hand: a larger ``img_size`` and table, and the grid forgotten."""
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        model.patch_embed.img_size, model.pos_embed = (96, 96), nn.Parameter(torch.randn(1, 37, 64))
+    x = images(size=96)
+    assert_same(fused(x), stock(x))
+    x[..., 64:] += 1
+    assert_same(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["cls_token", "reg_token"])
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 1)])
+def test_prefix_tokens_of_another_shape_take_effect_or_are_refused_as_in_timm(shape, name):
+    stock, fused = stock_and_fused(reg_tokens=1)
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        setattr(model, name, nn.Parameter(torch.randn(shape)))
+    x = images()
+    try:
+        expected = stock(x)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            fused(x)
+    else:
+        assert_same(fused(x), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"dynamic_img_size": True}, {"name": "naflexvit_base_patch16_gap", "img_size": None}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_another_dtype_are_refused_as_in_timm(dtype, arguments):
+    stock, fused = stock_and_fused(**arguments)
+    with pytest.raises(RuntimeError) as expected:
+        stock(images().to(dtype))
+    with pytest.raises(RuntimeError) as got:
+        fused(images().to(dtype))
+    assert str(got.value) == str(expected.value)
+    with pytest.raises(RuntimeError):
+        getattr(fused, "patch_embed", getattr(fused, "embeds", None))(images().to(dtype))
+
+
+@pytest.mark.parametrize("size", [8, (8, 64), (64, 8), (0, 64)])
+def test_an_image_smaller_than_a_patch_is_refused_as_in_timm(size):
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    with pytest.raises(RuntimeError) as expected:
+        stock(images(size=size))
+    with pytest.raises(RuntimeError) as got:
+        fused(images(size=size))
+    assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("wrong", ["channels", "dimensions"])
+def test_images_that_are_none_are_refused(wrong):
+    stock, fused = stock_and_fused()
+    x = images()[:, :2] if wrong == "channels" else images()[0]
+    for model in (stock, fused):
+        with pytest.raises((RuntimeError, ValueError)):
+            model(x)
