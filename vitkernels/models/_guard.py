@@ -47,7 +47,9 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
             reasons.append(f"{prefix}{name} has hooks")
         elif "forward" in state:
             reasons.append(f"{prefix}{name} overrides forward")
-        elif not all(map(plain, tensors(child))):
+        elif (parameters := state["_parameters"]) and not plain(*parameters.values()):
+            reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
+        elif ("weight" in state or "bias" in state or "gamma" in state) and not plain(*tensors(child)):
             reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
     return reasons
 
@@ -68,22 +70,23 @@ def attribute(module: nn.Module, name: str) -> Any:
 def tensors(module: nn.Module) -> list[Tensor]:
     """The weights of one of timm's and PyTorch's layers, as parameters or as plain attributes."""
     state = module.__dict__
-    found = [p for p in state["_parameters"].values() if p is not None]
-    if type(module) not in _WITHOUT_WEIGHTS:
-        found += [state[name] for name in _WEIGHTS if isinstance(state.get(name), Tensor)]
+    parameters = state["_parameters"]
+    found = [p for p in parameters.values() if p is not None]
+    for name in ("weight", "bias", "gamma"):
+        if name in state and state[name] is not None:
+            found.append(state[name])
     return found
 
 
-_WEIGHTS = ("weight", "bias", "gamma")
-_WITHOUT_WEIGHTS = (nn.Identity, nn.Dropout, nn.GELU)
-
-
-def plain(tensor: Tensor) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
     """No subclass that acts on its own terms."""
-    kind = type(tensor)
-    if kind is nn.Parameter or kind is Tensor:
-        return True
-    return not is_traceable_wrapper_subclass(tensor) and kind.__torch_function__ in _PLAIN_TORCH_FUNCTIONS
+    for t in tensors:
+        kind = type(t)
+        if kind is nn.Parameter or kind is Tensor or t is None:
+            continue
+        if is_traceable_wrapper_subclass(t) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
+            return False
+    return True
 
 
 def _describe(child: nn.Module | None) -> str:

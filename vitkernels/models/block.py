@@ -229,28 +229,26 @@ _SHIPPED_FORWARD = FusedBlock.forward
 
 def _shapes(block: nn.Module) -> list[str]:
     """Reasons why the layers of a block that has all of them do not fit each other; timm may broadcast, or raise."""
-    attn, mlp = block._modules["attn"], block._modules["mlp"]
-    qkv, fc1 = attn._modules["qkv"], mlp._modules["fc1"]
-    qkv_weight, fc1_weight = _guard.attribute(qkv, "weight"), _guard.attribute(fc1, "weight")
-    width, heads, hidden = qkv_weight.shape[-1], attn.num_heads * attn.head_dim, fc1_weight.shape[0]
-    layers = (
-        ("attn.qkv", qkv, (3 * heads, width)),
-        ("attn.proj", attn._modules["proj"], (width, heads)),
-        ("mlp.fc1", fc1, (hidden, width)),
-        ("mlp.fc2", mlp._modules["fc2"], (width, hidden)),
-        ("norm1", block._modules["norm1"], (width,)),
-        ("norm2", block._modules["norm2"], (width,)),
-    )
-    reasons = []
-    for name, layer, shape in layers:
+    modules, attn = block._modules, block._modules["attn"]
+    layers, mlp = attn._modules, modules["mlp"]._modules
+    width, hidden = _guard.attribute(layers["qkv"], "weight").shape[-1], _guard.attribute(mlp["fc1"], "weight").shape[0]
+    heads, reasons = attn.num_heads * attn.head_dim, []
+    for name, layer, shape in (
+        ("attn.qkv", layers["qkv"], (3 * heads, width)),
+        ("attn.proj", layers["proj"], (width, heads)),
+        ("mlp.fc1", mlp["fc1"], (hidden, width)),
+        ("mlp.fc2", mlp["fc2"], (width, hidden)),
+        ("norm1", modules["norm1"], (width,)),
+        ("norm2", modules["norm2"], (width,)),
+    ):
         weight, bias = _guard.attribute(layer, "weight"), _guard.attribute(layer, "bias")
-        norm = layer.__dict__.get("normalized_shape", shape)
-        if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape[:1]) or norm != shape:
-            reasons.append(f"{name} is not of shape {shape}")
+        if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape[:1]):
+            reasons.append(f"weight and bias of {name} are not of shapes {shape} and {shape[:1]}")
+        elif layer.__dict__.get("normalized_shape", shape) != shape:
+            reasons.append(f"{name} normalises {layer.normalized_shape}, not {shape}")
     for name in ("ls1", "ls2"):
-        gamma = _guard.attribute(block._modules[name], "gamma")
-        if gamma is not None and gamma.shape != (width,):
-            reasons.append(f"{name}.gamma has shape {tuple(gamma.shape)}, not ({width},)")
+        if type(modules[name]) is LayerScale and _guard.attribute(modules[name], "gamma").shape != (width,):
+            reasons.append(f"{name}.gamma is not of shape ({width},)")
     return reasons
 
 
