@@ -6,6 +6,7 @@ forward when something is found. Nothing is cached: attributes are read straight
 costs 8 us a block (through ``nn.Module.__getattr__`` it was 26) and can never be stale.
 """
 
+from collections.abc import Iterable
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -47,9 +48,9 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
             reasons.append(f"{prefix}{name} has hooks")
         elif "forward" in state:
             reasons.append(f"{prefix}{name} overrides forward")
-        elif (parameters := state["_parameters"]) and not plain(*parameters.values()):
-            reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
-        elif ("weight" in state or "bias" in state or "gamma" in state) and not plain(*tensors(child)):
+        elif not plain(
+            tensors(child) if "weight" in state or "bias" in state or "gamma" in state else state["_parameters"].values()
+        ):
             reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
     return reasons
 
@@ -70,15 +71,11 @@ def attribute(module: nn.Module, name: str) -> Any:
 def tensors(module: nn.Module) -> list[Tensor]:
     """The weights of one of timm's and PyTorch's layers, as parameters or as plain attributes."""
     state = module.__dict__
-    parameters = state["_parameters"]
-    found = [p for p in parameters.values() if p is not None]
-    for name in ("weight", "bias", "gamma"):
-        if name in state and state[name] is not None:
-            found.append(state[name])
-    return found
+    found = [*state["_parameters"].values(), state.get("weight"), state.get("bias"), state.get("gamma")]
+    return [t for t in found if t is not None]
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def plain(tensors: Iterable[Tensor | None]) -> bool:
     """No subclass that acts on its own terms."""
     for t in tensors:
         kind = type(t)

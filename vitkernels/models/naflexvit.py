@@ -121,7 +121,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         positions = _guard.attribute(self, "pos_embed")
         if self.pos_embed_type != "learned":
             reasons.append(f"position embeddings are {self.pos_embed_type}, not learned")
-        elif not _guard.plain(positions):
+        elif not _guard.plain([positions]):
             reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
             reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not (1, h, w, D)")
