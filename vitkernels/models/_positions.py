@@ -5,6 +5,7 @@ There is no cache: it could serve stale values, since an edit of ``p.data`` leav
 
 import functools
 
+import timm
 import torch
 import torch.fx
 from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
@@ -19,6 +20,8 @@ torch.fx.wrap("resample_pos_embed")
 
 _SHIPPED = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "_pos_embed"))
 _SHIPPED_RESIZE = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "set_input_size"))
+# timm before 1.0.29 leaves a table of 2x8 positions as it is for 4x4 patches, another grid of as many tokens.
+_FORGETS_THE_GRID = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 29)
 
 
 class FusedPositions(VisionTransformer):
@@ -66,4 +69,6 @@ class FusedPositions(VisionTransformer):
         num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
         if grid is None or positions.dim() != 3 or positions.shape[:2] != (1, num_positioned + grid[0] * grid[1]):
             return [f"pos_embed of shape {tuple(positions.shape)} is not {num_positioned} tokens and a grid of {grid}"]
+        if _FORGETS_THE_GRID and grid[0] != grid[1]:
+            return [f"this timm does not resample a table of {grid} to a square grid of as many tokens"]
         return _guard.patched(_SHIPPED[:1])
