@@ -232,6 +232,14 @@ def test_a_block_that_is_not_ours_stands_between(on_the_plan):
 
 
 @on_a_cpu
+def test_a_replaced_forward_of_sequential_takes_effect(on_the_plan, monkeypatch):
+    model, original = folded(), nn.Sequential.forward
+    expected = 2 * model.blocks(STREAM)
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, x: 2 * original(self, x))
+    torch.testing.assert_close(model.blocks(STREAM), expected, atol=2e-2, rtol=2e-2)
+
+
+@on_a_cpu
 def test_changed_parameters_of_the_next_block_are_seen(on_the_plan):
     model = folded()
     x = STREAM

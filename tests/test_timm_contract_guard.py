@@ -145,6 +145,25 @@ def test_global_module_hook_sees_every_module_that_it_sees_in_timms(register):
     assert_runs_fused(fused, stock, x)
 
 
+def test_a_replaced_call_of_all_modules_sees_every_module_that_it_sees_in_timms(monkeypatch):
+    stock, fused = stock_and_fused(**FULL)
+    x, seen, original = images(), [], nn.Module.__call__
+
+    def call(module, *args, **kwargs):
+        seen.append(type(module).__name__.removeprefix("Fused"))
+        return original(module, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "__call__", call)
+        assert counted(fused, x)[1] == 0
+        of_fused = seen.copy()
+        seen.clear()
+        stock(x)
+    assert of_fused == seen
+    assert "Linear" in seen
+    assert_runs_fused(fused, stock, x)
+
+
 def test_feature_hooks_inside_a_block_capture_attention_outputs():
     stock, fused = stock_and_fused()
     captured = {}

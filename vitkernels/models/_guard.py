@@ -22,7 +22,7 @@ Shipped = tuple[tuple[Any, str, Any], ...]  # (class or module, name of a functi
 
 
 def global_hooks() -> list[str]:
-    """A reason when a hook for all modules is registered: it would miss the children."""
+    """A reason when something is to see every call of a module: it would miss the children."""
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -30,6 +30,8 @@ def global_hooks() -> list[str]:
         or nn_module._global_backward_pre_hooks
     ):
         return ["a global module hook is registered"]
+    if nn.Module.__call__ is not nn.Module._wrapped_call_impl and not _is_transparent(nn.Module.__call__):
+        return ["nn.Module.__call__ was replaced"]
     return []
 
 
@@ -125,8 +127,8 @@ def _as_defined(owner: Any, name: str) -> bool:
     function = definer.__dict__[name]
     if isinstance(function, BuiltinFunctionType):
         return function.__name__ == name
-    while isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(_TRANSPARENT):
-        function = getattr(function, "__wrapped__", None)  # FX wraps while it traces; Dynamo's decorators
+    while _is_transparent(function):
+        function = getattr(function, "__wrapped__", None)
     if not isinstance(function, FunctionType):  # a partial, a compiled or a scripted function
         return False
     # What functools.wraps cannot copy: the globals that the code reads, and the code's own name.
@@ -137,7 +139,12 @@ def _as_defined(owner: Any, name: str) -> bool:
 
 
 _as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot read code; as _select._architecture
-_TRANSPARENT = ("torch.fx._symbolic_trace", "torch._dynamo")
+
+
+def _is_transparent(function: Any) -> bool:
+    """Is this what FX puts around a function while it traces, or a decorator of Dynamo's?"""
+    wrappers = ("torch.fx._symbolic_trace", "torch._dynamo")
+    return isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(wrappers)
 
 
 def _package(module: str) -> str:

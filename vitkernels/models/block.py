@@ -180,7 +180,8 @@ class FusedBlocks(nn.Sequential):
 
     @functools.wraps(nn.Sequential.forward)
     def forward(self, input):
-        if not isinstance(input, Tensor) or _availability.leaves_to_pytorch(input):  # torch.fx traces with a proxy
+        # torch.fx traces with a proxy
+        if not isinstance(input, Tensor) or _availability.leaves_to_pytorch(input) or _guard.patched(_SHIPPED_SEQUENTIAL):
             return super().forward(input)
         x, statistics, folded = input, None, None
         del input
@@ -225,6 +226,7 @@ def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
 
 
 _SHIPPED_FORWARD = FusedBlock.forward
+_SHIPPED_SEQUENTIAL = _guard.shipped((nn.Sequential, "forward"))
 
 
 def _shapes(block: nn.Module) -> list[str]:
