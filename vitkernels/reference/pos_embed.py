@@ -83,7 +83,7 @@ def copies(
     found = []
     for size in sizes:
         # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
-        same = not torch.compiler.is_exporting() and tuple(size) == tuple(old_size)
+        same = not exporting() and tuple(size) == tuple(old_size)
         full = (max(size), max(size)) if preserve_aspect_ratio else tuple(size)  # timm's NaFlex: the square, upper left kept
         copy = grid[0]
         if not same:
@@ -117,8 +117,14 @@ def log_resizing(old_size: tuple[int, int], new_size: tuple[int, int]) -> None:
 
 def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:
     """Whether timm would return ``posemb`` itself: nothing changes, and the graph is not being exported for all sizes."""
-    if torch.compiler.is_exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
+    if exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
         return False
     if old_size is None:
         return new_size[0] == new_size[1]
     return tuple(old_size) == tuple(new_size)
+
+
+def exporting() -> bool:
+    """Is this call recorded by ``torch.export`` (and so for ONNX and AOTInductor)?"""
+    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 takes it for True under torch.compile, too.
+    return torch.compiler._is_exporting_flag
