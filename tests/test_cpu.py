@@ -5,11 +5,10 @@ The rest of the suite takes that decision away, to test the fused forward on wha
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import elsewhere
 from test_fuse import IMAGES, LEAVES_TO_PYTORCH, outputs_and_gradients, small
 from test_timm_contract import images, stock_and_fused
 from torch.export import Dim
@@ -99,31 +98,6 @@ def test_a_fused_model_for_inference_gives_timms_bits(models):
 
 
 # Programs that leave this process: the one that loads them need not have vitkernels.
-
-_ELSEWHERE = """
-import sys
-sys.modules["vitkernels"] = None  # an import of it fails
-import torch
-_, how, path = sys.argv
-load = {
-    "torch.export": lambda file: torch.export.load(file).module(),
-    "torch.jit": torch.jit.load,
-    "AOTInductor": torch._inductor.aoti_load_package,
-}[how]
-for name, inputs in torch.load(f"{path}/inputs.pt").items():
-    program = load(f"{path}/{name}.pt2")
-    with torch.no_grad():
-        torch.save([program(x) for x in inputs], f"{path}/{name}.outputs")
-"""
-
-
-def elsewhere(how, path, inputs):
-    """What the programs in ``path`` give in a process that cannot import vitkernels, in a list for each."""
-    torch.save(inputs, path / "inputs.pt")
-    command = [sys.executable, "-c", _ELSEWHERE, how, str(path)]
-    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {name: torch.load(path / f"{name}.outputs") for name in inputs}
 
 
 def models_that_leave():

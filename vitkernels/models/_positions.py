@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's s
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..ops import resample_pos_embed
+from ..ops._leaves import resample_pos_embed
 
 torch.fx.wrap("resample_pos_embed")
 
@@ -31,7 +31,7 @@ class FusedPositions(VisionTransformer):
             return super()._pos_embed(x)
         batch, height, width, channels = x.shape
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        pos_embed = resample_pos_embed(self.pos_embed, (height, width), self.patch_embed.grid_size, prefix)
+        pos_embed = resample_pos_embed(self.pos_embed, height, width, *self.patch_embed.grid_size, prefix)
         x = x.view(batch, -1, channels)
         tokens = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.no_embed_class:
@@ -54,5 +54,5 @@ class FusedPositions(VisionTransformer):
         if new_size != old_size:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             with torch.no_grad():
-                resampled = resample_pos_embed(pos_embed, new_size, old_size, prefix)
+                resampled = resample_pos_embed(pos_embed, *new_size, *old_size, prefix)
             self.pos_embed = nn.Parameter(resampled, requires_grad=pos_embed.requires_grad)
