@@ -1,8 +1,11 @@
 """What tests share: the error budget, hostile inputs, poisoned memory."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +104,32 @@ def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     x = torch.randn(shape) + 5.0
     x[..., :: max(shape[-1] // 8, 2)] *= 50.0
     return x.to(dtype)
+
+
+_ELSEWHERE = """
+import sys
+sys.modules["vitkernels"] = None  # an import of it fails
+import torch
+_, how, path = sys.argv
+load = {
+    "torch.export": lambda file: torch.export.load(file).module(),
+    "torch.jit": torch.jit.load,
+    "AOTInductor": torch._inductor.aoti_load_package,
+}[how]
+for name, inputs in torch.load(f"{path}/inputs.pt").items():
+    program = load(f"{path}/{name}.pt2")
+    with torch.no_grad():
+        torch.save([program(x) for x in inputs], f"{path}/{name}.outputs")
+"""
+
+
+def elsewhere(how: str, path: Path, inputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """What the programs ``path``/NAME.pt2 give for their inputs in a process that cannot import vitkernels.
+
+    ``how`` they were saved: ``"torch.export"``, ``"torch.jit"`` or ``"AOTInductor"``.
+    """
+    torch.save(inputs, path / "inputs.pt")
+    command = [sys.executable, "-c", _ELSEWHERE, how, str(path)]
+    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: torch.load(path / f"{name}.outputs") for name in inputs}

@@ -40,8 +40,7 @@ def resampled(monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    spy(vitkernels.models._positions, "resample_pos_embed")
-    spy(vitkernels.models.patch_embed, "resample_pos_embed")
+    spy(vitkernels.ops._leaves, "resample_pos_embed_operator")
     spy(vitkernels.models.vision_transformer, "resample_pos_embed")
     spy(vitkernels.models.naflexvit, "resample_pos_embed_many")
     return calls

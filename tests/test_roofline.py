@@ -121,15 +121,15 @@ def test_fused_under_autocast_has_a_float32_stream_and_our_kernels():
 
 def test_plans_that_operators_declare_are_counted_by_name(monkeypatch):
     """Two plans of the attention: what it chooses, and one that writes its output twice."""
-    block = importlib.import_module("vitkernels.models.block")
-    plans, right = ("wasteful", "lean"), block.attention_qkv
+    leaves = importlib.import_module("vitkernels.ops._leaves")
+    plans, right = ("wasteful", "lean"), leaves.attention_qkv_operator
 
     def attention_qkv(qkv, **options):
         out = right(qkv, **options)
         return out if vitkernels._select.choose_plan(plans, lambda: "lean") == "lean" else out.clone()
 
     monkeypatch.setattr(importlib.import_module("vitkernels.ops.attention"), "PLANS", plans, raising=False)
-    monkeypatch.setattr(block, "attention_qkv", attention_qkv)
+    monkeypatch.setattr(leaves, "attention_qkv_operator", attention_qkv)
     monkeypatch.setattr(roofline, "BATCHES", (8,))
     vit = roofline._model("test_vit", 8, H200)
     assert {"wasteful", "lean"} <= set(vit["plans"])

@@ -13,7 +13,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..ops import resample_pos_embed
+from ..ops._leaves import resample_pos_embed
 from . import _guard
 
 torch.fx.wrap("resample_pos_embed")
@@ -37,7 +37,7 @@ class FusedPositions(VisionTransformer):
             return super()._pos_embed(x)
         batch, height, width, channels = x.shape
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        pos_embed = resample_pos_embed(self.pos_embed, (height, width), self.patch_embed.grid_size, prefix)
+        pos_embed = resample_pos_embed(self.pos_embed, height, width, *self.patch_embed.grid_size, prefix)
         x = x.view(batch, -1, channels)
         tokens = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.no_embed_class:
@@ -60,7 +60,7 @@ class FusedPositions(VisionTransformer):
         if new_size != old_size:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             with torch.no_grad():
-                resampled = resample_pos_embed(pos_embed, new_size, old_size, prefix)
+                resampled = resample_pos_embed(pos_embed, *new_size, *old_size, prefix)
             self.pos_embed = nn.Parameter(resampled, requires_grad=pos_embed.requires_grad)
 
     def why_not_resampled(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch.fx
 from timm.layers import AttentionPoolLatent
 from timm.layers.attention_pool import F, maybe_add_mask  # noqa: F401  names in timm's source, for TorchScript
 
-from ..ops import attention
+from ..ops._leaves import attention
 from . import _guard
 
 torch.fx.wrap("attention")
@@ -41,7 +41,7 @@ class FusedAttentionPool(AttentionPoolLatent):
         # The norms see heads first, as in timm.
         q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
         k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
-        x = self.proj_drop(self.proj(attention(q, k, v, bias=attn_mask).flatten(2)))
+        x = self.proj_drop(self.proj(attention(q, k, v, attn_mask, False)))
         if self.mlp is not None:
             x = x + self.mlp(self.norm(x))
         if self.pool == "token":

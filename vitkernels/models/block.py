@@ -6,7 +6,6 @@ x -> [LN, qkv] -> [attention] -> [proj, LayerScale, + x] -> [LN, fc1, act, fc2, 
 import functools
 from typing import Optional  # noqa: F401  a name in the source of timm's forward, for TorchScript
 
-import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import (
@@ -24,12 +23,13 @@ from timm.layers import (
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..ops import _availability, attention, attention_qkv, linear, mlp
+from ..ops import _availability
+from ..ops._leaves import attention, attention_packed, linear, mlp, ones, projected_mlp
 from ..ops.folded_linear import Folded, Statistics, folded_linear
-from ..ops.mlp import folded_mlp, projected_mlp
+from ..ops.mlp import folded_mlp
 from . import _fold, _guard
 
-for _leaf in ("_attention", "_attention_packed", "_ones", "folded_linear", "folded_mlp", "linear", "mlp", "projected_mlp"):
+for _leaf in ("attention", "attention_packed", "linear", "mlp", "ones", "projected_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -86,7 +86,8 @@ class FusedBlock(Block):
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
         if (_availability.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        folded = _fold.current(self) if self.inference else None
+        # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
+        folded = _fold.current(self) if self.inference and isinstance(x, Tensor) else None
         return self.fused(x, folded, attn_mask=attn_mask, is_causal=is_causal)[0]
 
     def fused(
@@ -110,16 +111,16 @@ class FusedBlock(Block):
         qkv, fc1, fc2, act = attn.qkv, feed_forward.fc1, feed_forward.fc2, activation_name(feed_forward.act)
 
         if folded is None or folded.qkv is None:
-            packed = linear(x, qkv.weight, qkv.bias, norm=_norm(self.norm1))  # (B, N, 3*H*Dh)
+            packed = linear(x, qkv.weight, qkv.bias, None, None, _norm(self.norm1), None)  # (B, N, 3*H*Dh)
         else:
             packed = folded_linear(x, qkv.weight, qkv.bias, _norm(self.norm1), folded.qkv, None, statistics)
         q_norm, k_norm = attn.q_norm, attn.k_norm
         if type(q_norm) is nn.Identity and type(k_norm) is nn.Identity:
-            heads = _attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
+            heads = attention_packed(packed, attn.num_heads, attn.head_dim, attn_mask, is_causal)
             del packed
         else:
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
-            heads = _attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
+            heads = attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
         weight, bias, gamma = _scaled(attn.proj, self.ls1, folded and folded.proj)
         fc2_weight, fc2_bias, fc2_gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
         dropped, fc2_dropped = _draw(self.drop_path1, heads, gamma), _draw(self.drop_path2, heads, fc2_gamma)
@@ -130,9 +131,8 @@ class FusedBlock(Block):
             return folded_mlp(heads, x, projection, parameters, fc2_gamma, norm2.eps, act, folded.fc1, follower)
         if undropped and gamma is None and fc2_gamma is None:
             return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
-        x = linear(heads, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
-        options = {"layer_scale": fc2_gamma, "drop_path": fc2_dropped, "recompute": self.recompute_mlp}
-        return mlp(x, *parameters, eps=norm2.eps, act=act, **options), None
+        x = linear(heads, weight, bias, gamma, x, None, dropped)
+        return mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
 
     def train(self, mode=True):
         if mode and self.inference:
@@ -270,36 +270,14 @@ def _dropout(path: str, module: nn.Module | None) -> list[str]:
     return [f"{path} is active"] if type(module) is nn.Dropout and module.training and module.p > 0.0 else []
 
 
-# Leaves for torch.fx, to which mask and flag may be proxies. They return (B, N, H*Dh).
-
-
-def _attention_packed(qkv: Tensor, num_heads: int, head_dim: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    qkv = qkv.view(*qkv.shape[:-1], 3, num_heads, head_dim)
-    if is_causal:
-        return _attention(*qkv.unbind(2), attn_mask, is_causal)
-    return attention_qkv(qkv, bias=attn_mask).flatten(2)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    if not is_causal:
-        return attention(q, k, v, bias=attn_mask).flatten(2)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # no ViT's own forward asks for a causal mask, so no kernel has one
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=True).transpose(1, 2).flatten(2)
-
-
 def _draw(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
     """(B, 1, 1) of what drop path multiplies each sample's branch with; None where it does nothing.
 
     The module draws, in the branch's dtype, so that the random stream is timm's.
     """
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0:
-        return drop_path(_ones(branch, gamma))
+        return drop_path(ones(branch, gamma))
     return None
-
-
-def _ones(branch: Tensor, gamma: Tensor | None) -> Tensor:
-    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
-    return branch.new_ones((branch.shape[0],) + (1,) * (branch.dim() - 1), dtype=dtype)
 
 
 def _norm(module: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None, float]:

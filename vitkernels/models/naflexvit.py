@@ -15,6 +15,7 @@ from torch import nn
 
 from ..ops import _availability, patch_embed, resample_pos_embed_many
 from ..ops.linear import compute_dtype
+from ..ops.patch_embed import convolves
 from . import _guard
 from .patch_embed import linear_as_convolution, why_not_plain
 
@@ -45,7 +46,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     def forward(self, x, patch_coord=None, patch_valid=None):
         patch_h, patch_w = self.patch_size
         whole = patch_coord is None and x.dim() == 4 and x.shape[2] % patch_h == 0 and x.shape[3] % patch_w == 0
-        if not whole or _availability.leaves_to_pytorch(x) or self.why_not_merged():
+        if not whole or _availability.leaves_to_pytorch(x) or self.why_not_merged() or not convolves(x, self._convolution()):
             return super().forward(x, patch_coord=patch_coord, patch_valid=patch_valid)
         proj, grid = self.proj, (x.shape[2] // patch_h, x.shape[3] // patch_w)
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]

@@ -18,12 +18,11 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import checkpoint_seq  # noqa: F401  as above
 from torch import Tensor, nn
 
-from ..ops import patch_embed, resample_pos_embed
-from ..ops.patch_embed import normalise
+from ..ops._leaves import float_pixels, patch_embed, resample_pos_embed
 from . import _guard
 from ._positions import FusedPositions
 
-for _leaf in ("patch_embed", "resample_pos_embed", "_patch_embed_pixels", "_float_pixels"):
+for _leaf in ("float_pixels", "patch_embed", "resample_pos_embed"):
     torch.fx.wrap(_leaf)
 
 _PARTS: _guard.Parts = (("proj", (nn.Conv2d,)),)
@@ -43,16 +42,14 @@ class FusedPatchEmbed(PatchEmbed):
             return _Embedded(x.model.embed(x.pixels))
         if self.why_not():
             statistics = _guard.attribute(self, _STATISTICS)
-            return super().forward(
-                x if statistics is None else _float_pixels(x, statistics, next(self.proj.parameters()).dtype)
-            )
-        tokens = self.embed(x)
+            return super().forward(x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj)))
+        tokens = self.embed(x, None, None, True)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.grid_of(x))
         return self.norm(tokens)
 
-    def embed(self, x: Tensor, **positions: Any) -> Tensor:
-        """images (B, C, H, W) -> (B, P + Gh*Gw, D), with ``positions`` passed on to ``vitkernels.ops.patch_embed``."""
+    def embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
+        """images (B, C, H, W) -> (B, P + Gh*Gw, D), the arguments being those of ``vitkernels.ops.patch_embed``."""
         height, width = x.shape[-2], x.shape[-1]
         if self.strict_img_size:
             _assert(height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]}).")
@@ -61,10 +58,12 @@ class FusedPatchEmbed(PatchEmbed):
             if self.img_size[0] % patch_h or self.img_size[1] % patch_w:
                 # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
                 x = x[..., : self.img_size[0] // patch_h * patch_h, : self.img_size[1] // patch_w * patch_w]
-        statistics = _guard.attribute(self, _STATISTICS)
-        if statistics is not None:
-            return _patch_embed_pixels(x, self.proj.weight, self.proj.bias, statistics, **positions)
-        return patch_embed(x, self.proj.weight, self.proj.bias, **positions)
+        else:
+            patch_h, patch_w = self.patch_size
+            _assert(height % patch_h == 0, f"Input height ({height}) should be divisible by patch size ({patch_h}).")
+            _assert(width % patch_w == 0, f"Input width ({width}) should be divisible by patch size ({patch_w}).")
+        statistics, proj = _guard.attribute(self, _STATISTICS), self.proj
+        return patch_embed(x, proj.weight, proj.bias, statistics, prefix_tokens, pos_embed, pos_embed_prefix)
 
     def _apply(self, fn, recurse=True):
         """``model.bfloat16()`` moves and rounds every floating-point buffer; mean and std are only moved."""
@@ -129,17 +128,9 @@ def clear_pixel_statistics(module: nn.Module) -> None:
         module._non_persistent_buffers_set.discard(_STATISTICS)
 
 
-# Leaves for torch.fx, to which the dtype of the images may be a proxy.
-
-
-def _patch_embed_pixels(images: Tensor, weight: Tensor, bias: Tensor | None, statistics: Tensor, **positions: Any) -> Tensor:
-    if images.dtype == torch.uint8:
-        positions["mean"], positions["std"] = statistics.unbind()
-    return patch_embed(images, weight, bias, **positions)
-
-
-def _float_pixels(images: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:
-    return normalise(images, *statistics.unbind()).to(dtype) if images.dtype == torch.uint8 else images
+def _dtype_of(proj: nn.Module) -> torch.dtype:
+    """Of what ``proj`` multiplies with, whatever module it is."""
+    return next((t.dtype for module in proj.modules() for t in _guard.tensors(module)), torch.get_default_dtype())
 
 
 class FusedVisionTransformer(FusedPositions):
@@ -215,13 +206,9 @@ class FusedVisionTransformer(FusedPositions):
         positions, stem = self.pos_embed, self.patch_embed
         if positions is not None and self.dynamic_img_size:
             num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
-            positions = resample_pos_embed(positions, stem.grid_of(x), stem.grid_size, num_positioned)
-        tokens = stem.embed(
-            x,
-            prefix_tokens=torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None,
-            pos_embed=positions,
-            pos_embed_prefix=not self.no_embed_class,
-        )
+            positions = resample_pos_embed(positions, *stem.grid_of(x), *stem.grid_size, num_positioned)
+        prefix_tokens = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None
+        tokens = stem.embed(x, prefix_tokens, positions, not self.no_embed_class)
         return tokens if positions is None else self.pos_drop(tokens)
 
 

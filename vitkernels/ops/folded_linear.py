@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _select
-from ..reference.linear import ACTIVATIONS
+from ..reference.linear import activate
 from ._register import register
 from .linear import MIN_BYTES, PLANS, compute_dtype, flat, gemm_plan, linear, why_not
 
@@ -49,7 +49,7 @@ def _reference(
         mean, rstd = _row_statistics(wide, eps)
     mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
     product = torch.nn.functional.linear(wide, folded_weight.to(wide.dtype))
-    return ACTIVATIONS[act]((product - mean * colsum) * rstd + folded_bias).to(x.dtype)
+    return activate((product - mean * colsum) * rstd + folded_bias, act).to(x.dtype)
 
 
 def _row_statistics(wide: Tensor, eps: float) -> tuple[Tensor, Tensor]:

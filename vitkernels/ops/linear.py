@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
-from ..reference.linear import ACTIVATIONS
+from ..reference.linear import ACTIVATIONS, activate
 from . import _check
 from ._register import register
 from .layer_norm import KERNEL_DTYPES, MAX_D, check_norm
@@ -43,7 +43,7 @@ def _linear_fwd_reference(
     z = torch.nn.functional.linear(x, weight, bias)
     if preact == "only":
         return z.new_empty(0, dtype=dtype), z.to(dtype)
-    y = ACTIVATIONS[act](z)
+    y = activate(z, act)
     y = y if layer_scale is None else y * layer_scale
     y = y if drop_path is None else y * drop_path
     y = y if residual is None else residual + y
@@ -86,7 +86,7 @@ def _linear_bwd_reference(dy, z, act, layer_scale, drop_path, dtype, need_dz, ne
     dz, u = g if layer_scale is None else g * layer_scale.to(compute), g
     if z is not None:
         z = z.to(compute)
-        u, dz = ACTIVATIONS[act](z), dz * _derivative(act, z)
+        u, dz = activate(z, act), dz * _derivative(act, z)
     nothing = dy.new_empty(0)
     return (
         dz.to(dtype, copy=True) if need_dz else nothing.to(dtype, copy=True),

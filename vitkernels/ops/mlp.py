@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _env, _select, reference
 from ..reference.linear import ACTIVATIONS
+from ..reference.mlp import Parameters
 from . import _check
 from ._register import register
 from .folded_linear import Folded, Statistics, folded_linear, folds, linear_statistics
@@ -217,9 +218,6 @@ def _run(x, owed, parameters, eps, act, layer_scale, drop_path, recompute, infer
         x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path, owed,
         eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype, inference),
     )  # fmt: skip
-
-
-Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def projected_mlp(

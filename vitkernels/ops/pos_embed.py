@@ -1,7 +1,7 @@
 """Resampling of position embeddings. Parts as in ``layer_norm.py``; the kernels are C++ and CUDA C++, in ``vitkernels._C``.
 
 On a CPU the C++ kernel is 4 to 40 times as fast as ``F.interpolate`` at D = 768, 1.1 to 1.5 times in bilinear mode without
-antialias, so here ``auto`` takes it there too.
+antialias, so here ``auto`` takes it there too. What ``torch.export`` and ``torch.jit.trace`` record on a CPU is PyTorch's own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -184,10 +184,18 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
     return reasons
 
 
+def _records_a_program() -> bool:
+    """Is this call recorded to be saved, and so to run where there may be no vitkernels?"""
+    return reference.exporting() or _jit_tracing()
+
+
+def _jit_tracing() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def _why_not_traced(*sizes: Any) -> list[str]:
     """While ``torch.jit.trace`` records, a size read from a shape is a 0-d tensor, which no operator takes in a list."""
-    tracing = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-    if not tracing or not any(isinstance(size, Tensor) for size in sizes):
+    if not _jit_tracing() or not any(isinstance(size, Tensor) for size in sizes):
         return []
     return ["torch.jit.trace records these sizes as functions of the input, and the kernel's operator takes integers"]
 
@@ -332,7 +340,7 @@ def _dispatch(op: str, posemb: Tensor, sizes: Sequence[tuple[int, int]], old_siz
     def reasons() -> list[str]:
         return why_not(posemb, max([*old_size, *flat])) + _why_not_traced(*old_size, *flat, num_prefix_tokens, options[-1])
 
-    if not _select.use_kernel(op, posemb, reasons, has_cpu_kernel=True):
+    if not _select.use_kernel(op, posemb, reasons, has_cpu_kernel=not _records_a_program()):
         # timm computes in float32 whatever the dtype; the reference keeps float64 for being the oracle.
         return reference.copies(posemb, sizes, old_size, num_prefix_tokens, *options, torch.float32)
     problem = (list(old_size), flat, num_prefix_tokens, *options)

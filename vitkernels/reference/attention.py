@@ -24,21 +24,29 @@ def attention(
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.attention``; ``max_seqlen`` is a hint that only kernels need."""
     if cu_seqlens is None:
-        return _dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
+        return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
     images = [
         attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(cu_seqlens.tolist())
     ]
     return torch.cat(images) if images else q.clone()
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
-    """Heads first, (B, H, N, Dh), as views."""
-    if bias is not None and bias.dtype not in (torch.bool, q.dtype) and not torch.is_autocast_enabled(q.device.type):
-        bias = bias.to(q.dtype)  # scaled_dot_product_attention accepts no other; autocast casts by itself
-    if bias is not None and bias.dim() < 2:
-        bias = bias.reshape(1, -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None, is_causal: bool = False) -> Tensor:
+    """Heads first, (B, H, N, Dh), as views; returns (B, N, H, Dh). TorchScript can compile it."""
+    if bias is not None:
+        if not torch.jit.is_scripting():
+            bias = _accepted(bias, q)
+        if bias.dim() < 2:
+            bias = bias.reshape(1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).contiguous()  # (B, N, H, Dh)
+
+
+def _accepted(bias: Tensor, q: Tensor) -> Tensor:
+    """In a dtype that scaled_dot_product_attention accepts; autocast casts by itself, and a script takes timm's masks only."""
+    if bias.dtype in (torch.bool, q.dtype) or torch.is_autocast_enabled(q.device.type):
+        return bias
+    return bias.to(q.dtype)
 
 
 def attention_qkv(
@@ -52,6 +60,6 @@ def attention_qkv(
     """``attention`` of a packed projection. See ``vitkernels.ops.attention_qkv``."""
     if cu_seqlens is None:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # timm's own views, (B, H, N, Dh)
-        return _dense(q, k, v, scale, bias)
+        return dense(q, k, v, scale, bias)
     q, k, v = qkv.unbind(1)
     return attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)

@@ -21,21 +21,14 @@ Activations: gelu, x * Phi(x), and its tanh form (Hendrycks & Gimpel 2016, https
 x * sigmoid(1.702 x), of the same paper; silu, x * sigmoid(x).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layer_norm import layer_norm
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-}
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "quick_gelu", "silu")
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps of a LayerNorm
 
 
 def linear(
@@ -46,15 +39,45 @@ def linear(
     act: str | None = None,
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
-    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    norm: Norm | None = None,
     drop_path: Tensor | None = None,
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.linear``."""
+    return scriptable_linear(x, weight, bias, act, layer_scale, residual, norm, drop_path)
+
+
+def scriptable_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None,
+    drop_path: Tensor | None,
+) -> Tensor:
+    """``linear`` for TorchScript, which compiles no function with keyword-only arguments."""
     if norm is not None:
-        x = layer_norm(x, *norm)
-    y = ACTIVATIONS[act](F.linear(x, weight, bias))
+        norm_weight, norm_bias, eps = norm
+        x = layer_norm(x, norm_weight, norm_bias, eps)
+    y = activate(F.linear(x, weight, bias), act)
     if layer_scale is not None:
         y = y * layer_scale
     if drop_path is not None:
         y = y * drop_path
     return y if residual is None else residual + y
+
+
+def activate(z: Tensor, act: str | None) -> Tensor:
+    """act(z)."""
+    if act is None:
+        return z
+    if act == "gelu":
+        return F.gelu(z)
+    if act == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if act == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    if act == "silu":
+        return F.silu(z)
+    raise ValueError(f"act must be one of None, gelu, gelu_tanh, quick_gelu, silu, got {act}")

@@ -7,7 +7,10 @@
 import torch
 from torch import Tensor
 
-from .linear import linear
+from .linear import scriptable_linear
+
+# Weight and bias of LayerNorm, fc1 and fc2.
+Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def mlp(
@@ -26,11 +29,19 @@ def mlp(
     recompute: bool = False,
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.mlp``."""
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if recompute and torch.is_grad_enabled():
         from torch.utils.checkpoint import checkpoint
 
-        arguments = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options = {"eps": eps, "act": act, "layer_scale": layer_scale, "drop_path": drop_path}
-        return checkpoint(mlp, *arguments, **options, use_reentrant=False, preserve_rng_state=False)
-    hidden = linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
-    return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x, drop_path=drop_path)
+        arguments = (x, parameters, eps, act, layer_scale, drop_path)
+        return checkpoint(scriptable_mlp, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return scriptable_mlp(x, parameters, eps, act, layer_scale, drop_path)
+
+
+def scriptable_mlp(
+    x: Tensor, parameters: Parameters, eps: float, act: str | None, layer_scale: Tensor | None, drop_path: Tensor | None
+) -> Tensor:
+    """``mlp`` for TorchScript, which compiles no function with keyword-only arguments."""
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+    hidden = scriptable_linear(x, fc1_weight, fc1_bias, act, None, None, (norm_weight, norm_bias, eps), None)
+    return scriptable_linear(hidden, fc2_weight, fc2_bias, None, layer_scale, x, None, drop_path)

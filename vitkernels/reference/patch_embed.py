@@ -29,9 +29,25 @@ def patch_embed(
     std: Tensor | None = None,
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.patch_embed``."""
+    images = images if images.dtype == torch.uint8 else images.to(weight.dtype)
+    return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
+
+
+def scriptable_patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix_tokens: Tensor | None,
+    pos_embed: Tensor | None,
+    pos_embed_prefix: bool,
+    mean: Tensor | None,
+    std: Tensor | None,
+) -> Tensor:
+    """``patch_embed`` for TorchScript, which compiles no function with keyword-only arguments; float images as they are."""
     if images.dtype == torch.uint8:
-        images = normalise(images, mean, std)
-    images = images.to(weight.dtype)
+        if mean is None or std is None:
+            raise ValueError("uint8 images need mean and std")
+        images = normalise(images, mean, std).to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)
     if pos_embed is not None and not pos_embed_prefix:
         tokens = tokens + pos_embed
@@ -45,5 +61,5 @@ def patch_embed(
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Equation (1) of uint8 images, in float32 (float64 for a float64 ``mean``). Both are constants."""
     compute = torch.promote_types(torch.float32, mean.dtype)
-    mean, std = (t.detach().to(compute).view(-1, 1, 1) for t in (mean, std))
+    mean, std = mean.detach().to(compute).view(-1, 1, 1), std.detach().to(compute).view(-1, 1, 1)
     return (images.to(compute) / 255 - mean) / std

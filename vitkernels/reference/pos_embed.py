@@ -32,13 +32,14 @@ def resample_pos_embed(
     verbose: bool = False,
     align_corners: bool | None = None,
 ) -> Tensor:
-    """Equations (1) and (2). See ``vitkernels.ops.resample_pos_embed``."""
+    """Equations (1) and (2). See ``vitkernels.ops.resample_pos_embed``. TorchScript can compile it."""
     if unchanged(posemb, new_size, old_size, num_prefix_tokens):
         return posemb
     old_size = grid_of(posemb, old_size, num_prefix_tokens)
-    if verbose:
+    if verbose and not torch.jit.is_scripting():
         log_resizing(old_size, new_size)
-    return copies(posemb, [new_size], old_size, num_prefix_tokens, interpolation, antialias, bool(align_corners))[None]
+    corners = align_corners is not None and align_corners
+    return copies(posemb, [new_size], old_size, num_prefix_tokens, interpolation, antialias, corners)[None]
 
 
 def resample_pos_embed_many(
@@ -61,7 +62,7 @@ def resample_pos_embed_many(
 
 def copies(
     posemb: Tensor,
-    sizes: Sequence[tuple[int, int]],
+    sizes: list[tuple[int, int]],
     old_size: tuple[int, int],
     num_prefix_tokens: int,
     interpolation: str,
@@ -76,22 +77,29 @@ def copies(
     ``compute`` is the dtype of equation (2), by default the promotion of float32 and ``posemb``'s.
     """
     prefix, grid = posemb[0, :num_prefix_tokens], posemb[:, num_prefix_tokens:]
-    image = grid.to(compute or torch.promote_types(torch.float32, grid.dtype))
+    if compute is None:
+        compute = torch.promote_types(torch.float32, grid.dtype)
     # In timm's layout, channels innermost: in others F.interpolate with antialias is wrong for outputs of width 1 (torch 2.15).
-    image = image.contiguous().reshape(1, *old_size, posemb.shape[-1]).permute(0, 3, 1, 2)  # (1, D, h, w)
-    mode = {"mode": interpolation, "antialias": antialias, "align_corners": align_corners}
-    found = []
-    for size in sizes:
-        # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
-        same = not torch.compiler.is_exporting() and tuple(size) == tuple(old_size)
-        full = (max(size), max(size)) if preserve_aspect_ratio else tuple(size)  # timm's NaFlex: the square, upper left kept
+    image = grid.to(compute).contiguous().reshape(1, old_size[0], old_size[1], posemb.shape[-1])
+    image = image.permute(0, 3, 1, 2)  # (1, D, h, w)
+    found: list[Tensor] = []
+    for height, width in sizes:
+        # timm's NaFlex: the square, upper left kept
+        full = [max(height, width), max(height, width)] if preserve_aspect_ratio else [height, width]
         copy = grid[0]
-        if not same:
-            resampled = F.interpolate(image, size=full, **mode)[:, :, : size[0], : size[1]]
-            copy = resampled.permute(0, 2, 3, 1).reshape(-1, posemb.shape[-1]).to(posemb.dtype)
-        copy = torch.cat([prefix, copy]) if num_prefix_tokens else copy
-        found.append(copy if pad_to is None else F.pad(copy[:pad_to], (0, 0, 0, pad_to - min(copy.shape[0], pad_to))))
-    return torch.cat(found) if found else posemb[0, :0].clone()  # cat of one: a table of its own size stays no view of posemb
+        # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
+        if exporting() or height != old_size[0] or width != old_size[1]:
+            resampled = F.interpolate(image, size=full, mode=interpolation, antialias=antialias, align_corners=align_corners)
+            resampled = resampled[:, :, :height, :width].permute(0, 2, 3, 1)
+            copy = resampled.reshape(-1, posemb.shape[-1]).to(posemb.dtype)
+        if num_prefix_tokens > 0:
+            copy = torch.cat([prefix, copy])
+        if pad_to is not None:
+            copy = F.pad(copy[:pad_to], [0, 0, 0, pad_to - min(copy.shape[0], pad_to)])
+        found.append(copy)
+    if len(found) == 0:
+        return posemb[0, :0].clone()
+    return torch.cat(found)  # of one, too: a table of its own size stays no view of posemb
 
 
 def resampling_matrix(old: int, new: int, interpolation: str, antialias: bool, align_corners: bool) -> Tensor:
@@ -117,8 +125,17 @@ def log_resizing(old_size: tuple[int, int], new_size: tuple[int, int]) -> None:
 
 def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:
     """Whether timm would return ``posemb`` itself: nothing changes, and the graph is not being exported for all sizes."""
-    if torch.compiler.is_exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
+    if exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
         return False
     if old_size is None:
         return new_size[0] == new_size[1]
-    return tuple(old_size) == tuple(new_size)
+    return old_size[0] == new_size[0] and old_size[1] == new_size[1]
+
+
+def exporting() -> bool:
+    """Is this call recorded by ``torch.export`` (and so for ONNX and AOTInductor)?"""
+    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 takes it for True under torch.compile, too.
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.compiler._is_exporting_flag
