@@ -12,10 +12,9 @@ from timm.models.naflexvit import NaFlexEmbeds
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import vitkernels as vk
-import vitkernels.models._positions
 import vitkernels.models.naflexvit
-import vitkernels.models.patch_embed
 import vitkernels.models.vision_transformer
+import vitkernels.ops._leaves
 from vitkernels.models import FusedNaFlexEmbeds
 
 VARIANTS = {
