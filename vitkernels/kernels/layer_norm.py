@@ -48,6 +48,22 @@ def _row_offsets(rows, inner_rows, outer_stride, inner_stride, NESTED: tl.conste
 
 
 @triton.jit
+def row_statistics(s, col_mask, D: tl.constexpr):
+    """Mean, ``s`` less its mean, and variance of each row: eq. (2) and (3) without eps.
+
+    A sum errs by a few roundings of the mean, more than the spread of a nearly constant row. So a first mean is subtracted, and
+    the mean of what is left is found and subtracted too. In a constant row the rest is the same few ulps in every channel:
+    their sum is exact and div_rn gives them back, so that exactly 0 remains. Neither a product with 1 / D nor `/`, which is
+    div.full on a GPU and may err by 2 ulp, would do. The first sum is of quotients, so that it does not overflow.
+    """
+    first = tl.sum(s * (1.0 / D), axis=1)
+    centred = tl.where(col_mask[None, :], s - first[:, None], 0.0)
+    rest = tl.div_rn(tl.sum(centred, axis=1), D * 1.0)
+    centred = tl.where(col_mask[None, :], centred - rest[:, None], 0.0)
+    return first + rest, centred, tl.sum(centred * centred, axis=1) * (1.0 / D)
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -97,10 +113,8 @@ def _layer_norm_fwd_kernel(
     if shift_ptr is not None:
         s += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
 
-    # Not `/`, which is div.full on a GPU and may err by 2 ulp: too much for float32, and at D = 1 the mean would not be s.
-    mean = tl.sum(s, axis=1) * (1.0 / D)  # eq. (2)
-    centred = tl.where(mask, s - mean[:, None], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) * (1.0 / D) + eps))  # eq. (3)
+    mean, centred, variance = row_statistics(s, col_mask, D)  # eq. (2)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))  # eq. (3)
     y = centred * rstd[:, None]  # eq. (4)
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
