@@ -106,6 +106,25 @@ def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(dtype)
 
 
+# What ``flat_rows`` adds to a constant row: whole ulps, or one channel that is a large multiple of the others.
+SPREADS = ("one channel an ulp off", "few ulps", "a thousandth", "outlier of 50x", "outlier of 1e4x")
+
+
+def flat_rows(rows: int, width: int, magnitude: float, spread: str, dtype: torch.dtype) -> Tensor:
+    """Nearly constant rows around ``magnitude``, in which the rounding of a mean is as large as the spread."""
+    x = torch.full((rows, width), magnitude).to(dtype)
+    ulp = torch.nextafter(x, torch.full_like(x, torch.inf)) - x
+    if spread == "one channel an ulp off":
+        x[:, width // 2] += ulp[:, 0]
+    elif spread == "a thousandth":
+        x = (magnitude * (1 + 1e-3 * torch.randn(rows, width))).to(dtype)
+    else:
+        x += torch.randint(-4, 5, x.shape).to(dtype) * ulp
+    if spread.startswith("outlier"):
+        x[:, width // 3] = min(magnitude * (50 if spread == "outlier of 50x" else 1e4), torch.finfo(dtype).max / 2)
+    return x
+
+
 _ELSEWHERE = """
 import sys
 sys.modules["vitkernels"] = None  # an import of it fails

@@ -10,7 +10,7 @@ import threading
 import pytest
 import timm
 import torch
-from helpers import KERNEL_TESTS, assert_within_budget
+from helpers import KERNEL_TESTS, assert_within_budget, flat_rows
 from test_fuse import IMAGES, SMALL, small
 from test_linear import VARIANTS, user_table  # noqa: F401  a fixture
 from timm.layers import create_feature_extractor
@@ -45,14 +45,14 @@ def parameters(N, K, dtype, norm_bias=True, bias=True):
     )
 
 
-def folded_and_others(x, gamma, beta, weight, bias, act, variant):
+def folded_and_others(x, gamma, beta, weight, bias, act, variant, eps=1e-6):
     """The folded result, the unfolded one in the same dtype and the float64 oracle."""
     plan, arch = VARIANTS[variant]
-    arguments = (x, None, None, gamma, beta, 1e-6, weight, bias, *fold_norm(gamma, beta, weight, bias), act, plan, arch)
+    arguments = (x, None, None, gamma, beta, eps, weight, bias, *fold_norm(gamma, beta, weight, bias), act, plan, arch)
     y = torch.ops.vitkernels.folded_linear_fwd(*arguments)
-    eager = vk.reference.linear(x, weight, bias, act=act, norm=(gamma, beta, 1e-6))
+    eager = vk.reference.linear(x, weight, bias, act=act, norm=(gamma, beta, eps))
     wide = [None if t is None else t.double() for t in (x, weight, bias, gamma, beta)]
-    return y, eager, vk.reference.linear(*wide[:3], act=act, norm=(*wide[3:], 1e-6))
+    return y, eager, vk.reference.linear(*wide[:3], act=act, norm=(*wide[3:], eps))
 
 
 SHAPES = [((197,), 80, 72), ((2, 197), 272, 96), ((3, 7), 130, 75), ((1,), 64, 48)]
@@ -95,6 +95,31 @@ def test_hostile_rows_cost_at_most_a_tenth_of_accuracy(outliers, dtype, where, m
     y, eager, oracle = folded_and_others(x, *parameters(N, K, dtype), None, "pointer" if where == "reference" else where)
     error, eager_error = ((t.double() - oracle).norm() for t in (y, eager))
     assert error <= 1.1 * eager_error, f"{error / oracle.norm():.2e}, unfolded {eager_error / oracle.norm():.2e}"
+
+
+@pytest.mark.parametrize("where", ["reference", *FUSED_PLANS])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_constant_rows_give_exactly_the_bias(eps, dtype, where, monkeypatch):
+    """Although rstd, which multiplies what the product errs by, is up to 1e6."""
+    if where == "reference":
+        monkeypatch.setattr("vitkernels._env.INTERPRETING", False)
+    x = torch.tensor([1e-3, 1.0, 100.0, 40000.3, -7.7]).to(dtype)[:, None].repeat(1, 1000)
+    given = parameters(64, 1000, dtype)
+    y, _, _ = folded_and_others(x, *given, None, "pointer" if where == "reference" else where, eps)
+    assert torch.equal(y, fold_norm(*given).bias.to(dtype).expand_as(y))
+
+
+@pytest.mark.parametrize("spread", ["one channel an ulp off", "few ulps", "outlier of 50x"])
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"), [(torch.bfloat16, 1.0), (torch.bfloat16, 100.0), (torch.float16, 1e-3)], ids=str
+)
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_nearly_constant_rows_are_within_budget(eps, dtype, magnitude, spread):
+    """Of bfloat16, whatever they are; of float16, while their mean is below some thousands of their standard deviations."""
+    x = flat_rows(33, 768, magnitude, spread, dtype)
+    y, eager, oracle = folded_and_others(x, *parameters(64, 768, dtype), None, "pointer", eps)
+    assert_within_budget("y", y, eager, oracle)
 
 
 def test_colsum_is_that_of_the_rounded_product():

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from helpers import KERNEL_TESTS
+from helpers import KERNEL_TESTS, flat_rows
 from test_fold import hostile, parameters
 from test_fuse import IMAGES, small
 from test_linear import VARIANTS, user_table  # noqa: F401  a fixture
@@ -46,19 +46,20 @@ def layer(rows, N, K, residual):
     return [t.to(dtype) for t in (torch.randn(rows, K), weight, bias, scale)]
 
 
-def with_statistics(config, x, weight, bias, scale, residual):
+def with_statistics(config, x, weight, bias, scale, residual, eps=EPS):
     """y, mean and rstd under a table that has only ``config``."""
     entry = {"plan": "cublas"} if config is None else linear.config_entry(config)
     key = _tuned.gemm_key("residual", x.dtype, *weight.shape, x.shape[0])
     with _tuned.trying("linear", key, entry):
-        return torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, scale, residual, EPS, "auto", "sm_90")
+        return torch.ops.vitkernels.linear_statistics_fwd(x, weight, bias, scale, residual, eps, "auto", "sm_90")
 
 
-def assert_statistics(y, mean, rstd):
+def assert_statistics(y, mean, rstd, eps=EPS):
     """Of y as it was written, to float32's rounding."""
     wide = y.double()
-    torch.testing.assert_close(mean.double(), wide.mean(1), rtol=1e-6, atol=1e-6 * wide.std().item())
-    torch.testing.assert_close(rstd.double(), (wide.var(1, correction=0) + EPS).rsqrt(), rtol=2e-6, atol=0)
+    exact, std = wide.mean(1), wide.std(1, correction=0)
+    assert ((mean.double() - exact).abs() <= 2**-24 * exact.abs() + 1e-6 * std).all()
+    torch.testing.assert_close(rstd.double(), (std.square() + eps).rsqrt(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -70,6 +71,31 @@ def test_statistics_are_those_of_what_was_written(outliers, config):
     assert_statistics(y, mean, rstd)
     x, weight, bias, scale = (t.double() for t in inputs)
     torch.testing.assert_close(y.double(), residual.double() + scale * (x @ weight.T + bias), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "reference"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_constant_rows_have_an_rstd_of_zero(dtype, config, monkeypatch):
+    """So that the folded product gives exactly the bias. Columns as in six and in three tiles."""
+    if config == "reference":
+        monkeypatch.setattr("vitkernels._env.INTERPRETING", False)
+    residual = torch.tensor([1e-3, 1.0, 1000.3, 40000.3, -7.7]).to(dtype)[:, None].repeat(1, 384)
+    nothing = torch.zeros(5, 64, dtype=dtype), torch.zeros(384, 64, dtype=dtype), None, None
+    y, mean, rstd = with_statistics(CONFIGS.get(config), *nothing, residual, 1e-12)
+    assert torch.equal(y, residual)
+    assert torch.equal(mean, residual[:, 0].float())
+    assert torch.equal(rstd, torch.zeros(5))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("spread", ["one channel an ulp off", "few ulps", "outlier of 1e4x"])
+def test_nearly_constant_rows_have_the_statistics_of_what_was_written(spread, config):
+    for dtype in HALF:
+        residual = torch.cat([flat_rows(3, 384, magnitude, spread, dtype) for magnitude in (1e-3, 1.0, 1000.3)])
+        nothing = torch.zeros(9, 64, dtype=dtype), torch.zeros(384, 64, dtype=dtype), None, None
+        y, mean, rstd = with_statistics(CONFIGS[config], *nothing, residual, 1e-12)
+        assert torch.equal(y, residual)
+        assert_statistics(y, mean, rstd, 1e-12)
 
 
 @pytest.mark.parametrize("N", [64, 192, 320, 80])

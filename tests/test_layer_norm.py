@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import DTYPES, KERNEL_TESTS, ON_GPU, assert_matches_reference, hostile_rows, outputs_and_gradients, slow_on_gpu
+from helpers import (
+    DTYPES,
+    KERNEL_TESTS,
+    ON_GPU,
+    SPREADS,
+    assert_matches_reference,
+    flat_rows,
+    hostile_rows,
+    outputs_and_gradients,
+    slow_on_gpu,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,6 +75,57 @@ def test_add_layer_norm_is_within_budget(width, dtype, scaled):
         [x, residual, *parameters(width, dtype), layer_scale],
         cotangents,
     )
+
+
+# Rows that are constant or nearly so: what the mean errs by must not pass for variance, which eps = 1e-12 does not hide.
+
+FLAT_WIDTHS = (1, 2, 48, 192, 768, 1000, 1152)
+MAGNITUDES = {
+    torch.float32: (1e-3, 1.0, 40000.3, 1e8, -3e38),
+    torch.float16: (1e-3, 1.0, 40000.3),
+    torch.bfloat16: (1e-3, 1.0, 40000.3, 1e8, -3e38),
+}
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", FLAT_WIDTHS)
+def test_constant_rows_give_exactly_the_bias(width, dtype, eps):
+    x = torch.tensor(MAGNITUDES[dtype]).to(dtype)[:, None].repeat(1, width)
+    weight, bias = parameters(width, dtype)
+    tenth = torch.full((width,), 0.1).to(dtype)
+    ops, expected = torch.ops.vitkernels, bias.expand_as(x)
+    for y, mean, rows in (
+        (*ops.layer_norm_fwd(x, weight, bias, eps, dtype)[:2], x.float()),
+        (*ops.layer_norm_fwd(x, weight, bias, eps, dtype, tenth)[:2], x.float() + tenth.float()),
+        (*ops.add_layer_norm_fwd(x, x / 3, weight, bias, tenth, eps, dtype, dtype)[:3:2], None),
+    ):
+        assert torch.equal(y, expected)
+        assert rows is None or torch.equal(mean, rows[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("width", [48, 768, 1000])
+def test_nearly_constant_rows_are_within_budget(width, spread, dtype):
+    """To four rounding steps with an outlier: one by one, the squares of the other channels hardly count in the sum.
+
+    PyTorch on a CPU keeps the rstd of float16 in float16, which has no 1e6.
+    """
+    step = 4 * torch.finfo(dtype).eps if spread.startswith("outlier") else None
+    dy = (1e-3 * torch.randn(5, width)).to(dtype).float()  # dx is up to 1e6 times as large, and float16 ends at 65504
+    for magnitude in MAGNITUDES[dtype][:4]:
+        inputs = [flat_rows(5, width, magnitude, spread, dtype), *parameters(width, dtype)]
+        for eps in (1e-6, 1e-9 if dtype == torch.float16 else 1e-12):
+
+            def kernel(*args, eps=eps):
+                with fused:
+                    return vk.ops.layer_norm(*args, eps=eps)
+
+            def reference(*args, eps=eps):
+                return vk.reference.layer_norm(*args, eps=eps)
+
+            assert_matches_reference(kernel, reference, inputs, [dy], step)
 
 
 @pytest.mark.parametrize("which", ["neither", "weight only", "bias only"])

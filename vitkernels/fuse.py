@@ -113,6 +113,8 @@ def fuse(
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
             them, and nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
+            In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, lose
+            accuracy.
         input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
             and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as
             ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts. ``torch.jit.trace`` keeps it;

@@ -116,7 +116,7 @@ def _epilogue(
 
 @triton.jit
 def _moments(y):
-    """Of each row of a tile, as stored: mean and sum of squared distances from it, eq. (3) of folded_linear.py."""
+    """Of each row of a tile, as stored in 16 bits: mean and sum of squared distances from it, eq. (3) of folded_linear.py."""
     y = y.to(tl.float32)
     mean = tl.sum(y, axis=1) * (1.0 / y.shape[1])
     centred = y - mean[:, None]

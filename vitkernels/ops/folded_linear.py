@@ -13,7 +13,7 @@ from .linear import MIN_BYTES, PLANS, compute_dtype, flat, gemm_plan, linear, wh
 
 
 class Statistics(NamedTuple):
-    """Mean and rstd of rows, (M,) each, float32."""
+    """Mean and rstd of rows, (M,) each, float32. rstd is 0 where all channels of a row are equal, whatever eps is."""
 
     mean: Tensor
     rstd: Tensor
@@ -54,7 +54,7 @@ def _reference(
 
 def _row_statistics(wide: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     variance, mean = torch.var_mean(flat(wide), -1, correction=0)
-    return mean, torch.rsqrt(variance + eps)
+    return mean, torch.where(variance == 0, 0, torch.rsqrt(variance + eps))
 
 
 register(
