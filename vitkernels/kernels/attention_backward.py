@@ -40,6 +40,7 @@ from ._attention_configs import backward_config, backward_parts, backward_tail
 from ._attention_tiles import (
     _add_product,
     _bias_tile,
+    _clear_rows,
     _delta,
     _image_of_block,
     _load_rows,
@@ -251,7 +252,11 @@ def _attention_bwd_kernel(
     # The compiler sees that there is one trip, unless the program has the head alone or the block may be a spare one.
     start = 0 if ALONE else first_block * BLOCK
     end = start + BLOCK
+    total = num_queries
+    # The last image's blocks, spare ones included, reach the last token: the gradients of those beyond the image are theirs.
+    clears = False
     if cu_seqlens_ptr is not None:
+        clears = image == num_images - 1 and end > packed_length
         num_queries = packed_length
         num_keys = packed_length
         end = tl.minimum(end, packed_length)
@@ -261,6 +266,8 @@ def _attention_bwd_kernel(
         dq_ptr += (image * dq_strides[0] + packed_row * dq_strides[1] + head * dq_strides[2]) * UNIT
         row_max_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
         log_sum_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
+        if clears:
+            _clear_rows(dq_ptr, start, packed_length, total - packed_row, dq_strides[1] * UNIT, BLOCK, DH, PARTS)
         for first_query in range(start, num_queries if ALONE else end, BLOCK):
             _dq_block(
                 first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr,
@@ -273,6 +280,9 @@ def _attention_bwd_kernel(
     if dk_ptr is not None:
         dk_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
         dv_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
+        if clears:
+            _clear_rows(dk_ptr, start, packed_length, total - packed_row, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
+            _clear_rows(dv_ptr, start, packed_length, total - packed_row, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
         for first_key in range(start, num_keys if ALONE else end, BLOCK):
             _dkdv_block(
                 first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
