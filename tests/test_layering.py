@@ -23,7 +23,8 @@ STEMS = {
 ALLOWED = {
     "_version": set(),
     "_env": set(),
-    "_select": {"_env"},
+    "_settings": {"_env"},
+    "_select": {"_env", "_settings"},
     "reference": {"reference"},
     "kernels": {"kernels", "_env"},
     "ops": {"ops", "reference", "_select", "_env"},

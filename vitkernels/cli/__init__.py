@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_environment() -> None:
     try:
-        _env.check_backend(_select._backend)
+        _env.check_backend(_select.policy())
     except ValueError as error:
         raise CommandError(str(error)) from error
 
