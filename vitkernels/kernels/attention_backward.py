@@ -252,11 +252,11 @@ def _attention_bwd_kernel(
     # The compiler sees that there is one trip, unless the program has the head alone or the block may be a spare one.
     start = 0 if ALONE else first_block * BLOCK
     end = start + BLOCK
-    total = num_queries
-    # The last image's blocks, spare ones included, reach the last token: the gradients of those beyond the image are theirs.
-    clears = False
+    # The last image's blocks, spare ones included, reach the last token: the gradients up to row `cleared` are theirs. Stored
+    # after the loop: before it, the addresses would stay in registers for the stores of the loop.
+    cleared = 0
     if cu_seqlens_ptr is not None:
-        clears = image == num_images - 1 and end > packed_length
+        cleared = tl.where(image == num_images - 1, num_queries - packed_row.to(tl.int32), 0)
         num_queries = packed_length
         num_keys = packed_length
         end = tl.minimum(end, packed_length)
@@ -266,8 +266,6 @@ def _attention_bwd_kernel(
         dq_ptr += (image * dq_strides[0] + packed_row * dq_strides[1] + head * dq_strides[2]) * UNIT
         row_max_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
         log_sum_ptr += image * row_strides[0] + head * row_strides[1] + packed_row
-        if clears:
-            _clear_rows(dq_ptr, start, packed_length, total - packed_row, dq_strides[1] * UNIT, BLOCK, DH, PARTS)
         for first_query in range(start, num_queries if ALONE else end, BLOCK):
             _dq_block(
                 first_query, dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, log_sum_ptr, bias_ptr, statistics_ptr,
@@ -275,14 +273,13 @@ def _attention_bwd_kernel(
                 out_strides[1] * UNIT, dq_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
                 BLOCK, KEY_STEP, KEY_TAIL, MASKED, KEY_ONLY, NATURAL, EXACT, DH, PARTS, PRECISION,
             )  # fmt: skip
+        if cleared > packed_length:
+            _clear_rows(dq_ptr, start, packed_length, cleared, dq_strides[1] * UNIT, BLOCK, DH, PARTS)
     if dq_ptr is not None and dk_ptr is not None:
         tl.debug_barrier()  # the statistics pass from thread to thread
     if dk_ptr is not None:
         dk_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
         dv_ptr += (image * dkv_strides[0] + packed_row * dkv_strides[1] + head * dkv_strides[2]) * UNIT
-        if clears:
-            _clear_rows(dk_ptr, start, packed_length, total - packed_row, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
-            _clear_rows(dv_ptr, start, packed_length, total - packed_row, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
         for first_key in range(start, num_keys if ALONE else end, BLOCK):
             _dkdv_block(
                 first_key, dout_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, statistics_ptr, dk_ptr, dv_ptr,
@@ -290,6 +287,9 @@ def _attention_bwd_kernel(
                 dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
                 QUERY_STEP, QUERY_TAIL, BLOCK, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
             )  # fmt: skip
+        if cleared > packed_length:
+            _clear_rows(dk_ptr, start, packed_length, cleared, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
+            _clear_rows(dv_ptr, start, packed_length, cleared, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
 
 
 # Launchers.
