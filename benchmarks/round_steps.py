@@ -268,9 +268,9 @@ def gemms(context: Context) -> None:
     """The products of a block of B/16, cuBLAS against each configuration; the winners go into the tuned table."""
     import torch
 
-    from vitkernels import _env, _select
+    from vitkernels import _select
     from vitkernels.cli import _tuning, tune
-    from vitkernels.kernels import _tuned, _tuning_linear
+    from vitkernels.kernels import _tuning_linear
     from vitkernels.kernels._device import gpu_of
 
     nothing = torch.empty(0, device=context.device)
@@ -285,7 +285,7 @@ def gemms(context: Context) -> None:
         context.tell("gemms", compiled=True)
         return
     todo = [case for case in cases if not context.knows(f"{case.stem} {case.key}")]
-    path = _env.tuned_dir() / _tuned.file_name(gpu_of(nothing, arch))
+    path = _tuning.user_table(gpu_of(nothing, arch))
     for found in _tuning.measure(todo, context.device, arch, path, compile_all=True):
         wrong = {"wrong": "; ".join(found.errors)} if found.errors else {}
         context.tell(f"{found.case.stem} {found.case.key}", **(found.row or {}), **wrong)

@@ -10,7 +10,7 @@ from helpers import outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-from vitkernels.ops.attention import MAX_HEAD_DIM, _Attention, _AttentionQKV, why_not
+from vitkernels.ops.attention import MAX_HEAD_DIM, _Attention, _attention_fwd_reference, _AttentionQKV, why_not
 
 
 def formula(q, k, v, scale=None, bias=None):
@@ -85,6 +85,45 @@ def test_no_image_at_all_is_an_empty_pack():
     assert vk.ops.attention_qkv(heads(0, 3, 2, 16), cu_seqlens=torch.zeros(1, dtype=torch.int32)).shape == (0, 2, 16)
 
 
+@pytest.mark.parametrize("ends", [[0, 5, 12], [0, 5, 12, 15], [0, 0], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_tokens_of_no_packed_image_give_zeros_and_get_no_gradient(ends, dtype):
+    qkv, cu_seqlens, used = heads(16, 3, 2, 16).to(dtype), torch.tensor(ends, dtype=torch.int32), ends[-1]
+    qkv[used:] = torch.nan
+    alone = qkv[:used].clone().requires_grad_()
+    expected = torch.cat([vk.ops.attention_qkv(alone, cu_seqlens=cu_seqlens), torch.zeros(16 - used, 2, 16, dtype=dtype)])
+    dout = torch.randn(16, 2, 16).to(dtype)
+    dqkv = torch.cat([torch.autograd.grad(expected, alone, dout)[0], torch.zeros(16 - used, 3, 2, 16, dtype=dtype)])
+    qkv.requires_grad_()
+    packed = vk.ops.attention_qkv(qkv, cu_seqlens=cu_seqlens)
+    separate = vk.ops.attention(*qkv.unbind(1), cu_seqlens=cu_seqlens)
+    for out in (packed, separate):
+        assert torch.equal(out, expected)
+        assert torch.equal(torch.autograd.grad(out, qkv, dout)[0], dqkv)
+
+
+def test_tokens_of_no_packed_image_pass_gradcheck_in_float64():
+    qkv, cu_seqlens = torch.randn(7, 3, 1, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 5]).int()
+    assert torch.autograd.gradcheck(lambda x: vk.reference.attention_qkv(x, cu_seqlens=cu_seqlens), (qkv,))
+
+
+def test_statistics_of_tokens_of_no_packed_image_are_those_of_a_row_without_a_key():
+    """Of the operator's reference too."""
+    q, k, v = heads(20, 3, 2, 16).unbind(1)
+    arguments = (q, k, v, None, torch.tensor([0, 7]).int(), 0, 0.25, False)
+    for _, row_max, log_sum in (torch.ops.vitkernels.attention_fwd(*arguments), _attention_fwd_reference(*arguments)):
+        assert not row_max[:, 7:].any()
+        assert torch.equal(log_sum[:, 7:], torch.full((2, 13), torch.inf))
+
+
+def test_tokens_of_no_packed_image_have_autocasts_dtype():
+    qkv, cu_seqlens = heads(9, 3, 2, 16), torch.tensor([0, 4]).int()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vk.ops.attention_qkv(qkv, cu_seqlens=cu_seqlens)
+    assert out.dtype == torch.bfloat16
+    assert not out[4:].any()
+
+
 def test_attention_qkv_is_bitwise_timms_attention_forward_and_backward():
     qkv = heads(2, 50, 3, 4, 24).requires_grad_()
     dout = torch.randn(2, 50, 4 * 24)
@@ -144,7 +183,7 @@ def test_autograd_wiring_passes_gradcheck_in_float64(no_interpreter, shape):
 
 def test_autograd_wiring_of_packed_images_passes_gradcheck_in_float64(no_interpreter):
     qkv = torch.randn(7, 3, 2, 3, dtype=torch.float64, requires_grad=True, device="cpu")
-    cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32, device="cpu")
+    cu_seqlens = torch.tensor([0, 3, 3, 6], dtype=torch.int32, device="cpu")  # the seventh token is of no image
     assert torch.autograd.gradcheck(lambda x: _AttentionQKV.apply(x, None, cu_seqlens, 0, 0.7, False), (qkv,))
     q, k, v = (t.detach().clone().requires_grad_() for t in qkv.unbind(1))
     assert torch.autograd.gradcheck(lambda *a: _Attention.apply(*a, None, cu_seqlens, 0, 0.7, False), (q, k, v))

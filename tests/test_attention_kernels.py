@@ -61,13 +61,16 @@ BIASES = {
 KINDS = (*BIASES, "packed")
 
 
-def check_packed(lengths, H, Dh, dtype, compare=assert_matches_reference):
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+def check_packed(lengths, H, Dh, dtype, compare=assert_matches_reference, beyond=0):
+    """``beyond``: tokens of no image after the last one, NaN and infinite."""
+    cu_seqlens, total = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths) + beyond
+    qkv = packed_qkv(1, total, H, Dh, dtype)[0]
+    qkv[sum(lengths) :: 2], qkv[sum(lengths) + 1 :: 2] = torch.nan, torch.inf
     compare(
         lambda qkv: kernel(qkv, cu_seqlens=cu_seqlens),
         lambda qkv: vk.reference.attention_qkv(qkv, cu_seqlens=cu_seqlens),
-        [packed_qkv(1, sum(lengths), H, Dh, dtype)[0]],
-        [draw(sum(lengths), H, Dh)],
+        [qkv],
+        [draw(total, H, Dh)],
     )
 
 
@@ -177,6 +180,21 @@ def test_cu_seqlens_may_be_strided():
 @pytest.mark.parametrize("lengths", [[130, 0, 5, 197, 1], [64], [0], []])
 def test_packed_images(lengths):
     check_packed(lengths, 2, 32, bf16)
+
+
+@pytest.mark.parametrize(("lengths", "beyond"), [([130, 0, 5], 1), ([5, 64], 130), ([0, 0], 70), ([70, 3, 0], 5)], ids=str)
+@pytest.mark.parametrize("dtype", [bf16, torch.float16, torch.float32], ids=str)
+def test_tokens_of_no_packed_image_give_zeros_and_get_no_gradient(lengths, beyond, dtype):
+    check_packed(lengths, 2, 24, dtype, beyond=beyond)
+    ends, used = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
+    qkv = packed_qkv(1, used + beyond, 2, 24, dtype)[0].requires_grad_()
+    out = kernel(qkv, cu_seqlens=ends)
+    out.backward(torch.full_like(out, torch.nan).index_fill(0, torch.arange(used), 1.0))  # nothing reads dout there
+    assert not out[used:].any()
+    assert not qkv.grad[used:].any()
+    assert torch.isfinite(qkv.grad).all()
+    with vk.backend("fused"):
+        assert torch.equal(vk.ops.attention(*qkv.unbind(1), cu_seqlens=ends), out)
 
 
 def test_more_packed_images_than_one_load_of_lengths():

@@ -1,5 +1,6 @@
 """The command line: documents, numbers, pictures, and one clear line for everything that cannot be done."""
 
+import io
 import json
 import os
 import struct
@@ -609,6 +610,75 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
 
     with pytest.raises(_output.CommandError, match="cannot write"):
         _output.save_picture(Figure(), tmp_path / "gone" / "a.png")
+
+
+# Streams.
+
+
+def ascii_stream():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+def arguments_of(command, checkpoint, photo):
+    return {
+        "info": ["info"],
+        "bench": ["bench", *QUICK],
+        "roofline": ["roofline", MODEL],
+        "classify": ["classify", str(photo), "--model", MODEL, "--checkpoint", str(checkpoint), "--device", "cpu"],
+    }[command]
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "roofline", "classify"])
+def test_commands_print_to_a_terminal_of_ascii_characters(monkeypatch, checkpoints, photos, tmp_path, command):
+    photo = tmp_path / "f\xfcnf.jpg"
+    photo.write_bytes(Path(photos[0]).read_bytes())
+    arguments = arguments_of(command, checkpoints / "plain.pth", photo)
+    for json_option in ([], ["--json"]):
+        out, err = ascii_stream(), ascii_stream()
+        out.isatty = err.isatty = lambda: True
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stderr", err)
+        monkeypatch.setenv("COLUMNS", "40")  # columns are cut, with an ellipsis
+        assert main([*arguments, *json_option]) == 0
+        out.flush()
+        assert out.buffer.getvalue()
+    assert json.loads(out.buffer.getvalue())
+
+
+def test_an_error_is_printed_to_a_terminal_of_ascii_characters(monkeypatch):
+    monkeypatch.setattr("sys.stderr", err := ascii_stream())
+    assert main(["bench", "--models", "f\xfcnf"]) == 2
+    err.flush()
+    assert b"f\\xfcnf" in err.buffer.getvalue()
+
+
+@pytest.mark.parametrize("stream", [None, "closed", types.SimpleNamespace(write=len)], ids=str)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_standard_output_may_be_closed_or_no_file(monkeypatch, stream, options):
+    if stream == "closed":
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["info", *options]) == 0
+
+
+@pytest.mark.parametrize("variables", [{"COLUMNS": "0"}, {"TERM": "dumb"}, {"TERM": "dumb", "COLUMNS": "0"}], ids=str)
+def test_terminals_without_a_width_or_cursor(monkeypatch, capsys, variables):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == 0
+    assert "vitkernels info" in capsys.readouterr().out
+    with _output.progress() as bar:
+        bar.advance(bar.add_task("work", total=2))
+    assert bar.console.width > 0
+
+
+def test_a_picture_is_drawn_where_standard_output_is_ascii(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdout", ascii_stream())
+    assert main(["bench", *QUICK, "--plot", str(tmp_path / "gr\xf6\xdfe.png")]) == 0
+    assert (tmp_path / "gr\xf6\xdfe.png").exists()
 
 
 def test_version_and_help_return_zero(capsys):

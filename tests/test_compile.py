@@ -64,7 +64,7 @@ def test_a_backend_block_inside_compiled_code_is_traced():
     kernel, reference = torch.compile(function, fullgraph=True, backend="eager")(x := torch.randn(4, 768) * 3 + 5)
     assert torch.equal(reference, torch.nn.functional.layer_norm(x, (768,), eps=1e-6))
     assert not torch.equal(kernel, reference)
-    assert vk._select._backend == "auto"
+    assert vk._select.policy() == "auto"
 
 
 def test_the_architecture_is_a_constant_to_dynamo(monkeypatch):

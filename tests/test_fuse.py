@@ -1,6 +1,8 @@
 """fuse, unfuse and explain: what is swapped, what is refused, and that nothing is left half done."""
 
 import copy
+import io
+import types
 
 import pytest
 import timm
@@ -210,6 +212,25 @@ def test_explain_says_fused_or_why_not_for_every_block_and_prints_a_table():
     assert "attn.qkv has hooks" in table
     assert set(report.operators) == set(vk.ops.__all__)
     assert "PyTorch: " in str(vk.explain(model.double()))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1", "utf-8"])
+def test_a_report_has_only_characters_that_standard_output_has(monkeypatch, encoding):
+    model = nn.ModuleDict({"gr\xf6\xdfe \u2501": vk.fuse(small())})
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    table = str(vk.explain(model))
+    assert "3 of 3 modules fused" in table
+    assert ("gr\xf6\xdfe" in table) == (encoding != "ascii")
+    assert ("\u2501" in table) == (encoding == "utf-8")
+    table.encode(encoding)
+    print(vk.explain(model), flush=True)
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO(), types.SimpleNamespace(write=lambda text: None)], ids=str)
+def test_a_report_is_a_string_whatever_standard_output_is(monkeypatch, stream):
+    report = vk.explain(vk.fuse(small()))
+    monkeypatch.setattr("sys.stdout", stream)
+    assert "\u2501" in str(report)
 
 
 def siglip(**arguments):

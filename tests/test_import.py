@@ -45,7 +45,7 @@ print(json.dumps({"seconds": seconds, "heavy": heavy, "cuda": torch.cuda.is_init
 """
 PUBLIC = "import vitkernels as v; v.models; print([getattr(v, n) is not None for n in v.__all__], v.VisionTransformer)"
 SUBMODULE = "from vitkernels.fuse import FusionReport; import vitkernels; assert callable(vitkernels.fuse)"
-BACKEND = "import vitkernels; print(vitkernels._select._backend)"
+BACKEND = "import vitkernels; print(vitkernels._select.policy())"
 CALL = "import torch, vitkernels; vitkernels.ops.layer_norm(torch.ones(2, 8))"
 COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(['info']))"
 PROBES = [f"probe {i}" for i in range(8)]

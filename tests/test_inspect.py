@@ -3,6 +3,7 @@
 This process interprets kernels, so what compiles runs in another one.
 """
 
+import io
 import json
 import os
 import re
@@ -221,6 +222,13 @@ def test_a_kernel_made_to_spill_is_caught(on_purpose):
     (line,) = violations(on_purpose["spilling"], ["spills", "smem", "no-mma"])
     assert re.fullmatch(r"lab: copy \(config, sm_90\) spills \d+ bytes of registers", line)
     assert violations(on_purpose["plain"], ["spills", "smem", "no-mma"]) == []
+
+
+def test_rows_are_printed_to_a_terminal_of_ascii_characters(on_purpose, monkeypatch):
+    monkeypatch.setattr("vitkernels._env.INTERPRETING", False)
+    monkeypatch.setattr("vitkernels.cli.inspect._compile", lambda *_: (on_purpose["spilling"], []))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["inspect"]) == 0
 
 
 def test_fail_on_ends_the_command_with_1(on_purpose, monkeypatch, capsys):

@@ -23,12 +23,14 @@ STEMS = {
 ALLOWED = {
     "_version": set(),
     "_env": set(),
-    "_select": {"_env"},
+    "_text": set(),
+    "_settings": {"_env"},
+    "_select": {"_env", "_settings"},
     "reference": {"reference"},
     "kernels": {"kernels", "_env"},
     "ops": {"ops", "reference", "_select", "_env"},
     "models": {"models", "ops"},
-    "fuse": {"models", "ops"},
+    "fuse": {"models", "ops", "_text"},
     "cli": None,  # the top: anything
     "__init__": None,
     "__main__": {"cli"},

@@ -445,6 +445,61 @@ def test_uint8_pixels_of_a_photograph_are_normalised_as_timms_transforms_do():
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+MEAN_AND_STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, np.float32], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("call", ["operator", "reference", "kernel"])
+def test_mean_and_std_may_be_numbers_per_channel(kind, call):
+    images, weight = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.randn(5, 3, 4, 4)
+    function = vk.reference.patch_embed if call == "reference" else vk.ops.patch_embed
+    with vk.backend("fused" if call == "kernel" else "auto"):
+        got = function(images, weight, mean=kind(MEAN_AND_STD[0]), std=kind(MEAN_AND_STD[1]))
+        expected = function(images, weight, mean=torch.tensor(MEAN_AND_STD[0]), std=torch.tensor(MEAN_AND_STD[1]))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("function", [vk.ops.patch_embed, vk.reference.patch_embed], ids=["operator", "reference"])
+def test_integers_are_numbers_and_float64_keeps_all_digits(function):
+    images, weight = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in MEAN_AND_STD)
+    normalised = (images.double() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    assert torch.equal(function(images, weight, mean=MEAN_AND_STD[0], std=MEAN_AND_STD[1]), function(normalised, weight))
+    assert torch.equal(function(images, weight, mean=(0, 0, 0), std=[1, 1, 1]), function(images.double() / 255, weight))
+
+
+def test_numbers_per_channel_compile_in_one_graph():
+    def function(images, weight):
+        return vk.ops.patch_embed(images, weight, mean=MEAN_AND_STD[0], std=list(MEAN_AND_STD[1]))
+
+    images, weight = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.randn(5, 3, 4, 4)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(images, weight), function(images, weight))
+
+
+@pytest.mark.parametrize("function", [vk.ops.patch_embed, vk.reference.patch_embed], ids=["operator", "reference"])
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("mean", (0.5, 0.5), ValueError, "3 numbers, got 2"),
+        ("std", [], ValueError, "3 numbers, got 0"),
+        ("mean", 0.5, TypeError, "3 numbers, got float"),
+        ("std", "abc", TypeError, "3 numbers, got str"),
+        ("mean", (0.5, "a", 0.5), TypeError, r"got \(0.5, 'a', 0.5\)"),
+        ("mean", (0.5, True, 0.5), TypeError, r"got \(0.5, True, 0.5\)"),
+        ("mean", [[0.5]] * 3, TypeError, "3 numbers, got "),
+        ("mean", (0.5, float("nan"), 0.5), ValueError, "all finite, got .*nan"),
+        ("std", (0.5, float("inf"), 0.5), ValueError, "all finite, got .*inf"),
+        ("std", (0.5, 10**400, 0.5), ValueError, "all finite, got "),
+        ("std", (0.5, 0, 0.5), ValueError, r"none of them 0, got \(0.5, 0, 0.5\)"),
+        ("std", (0.5, 1e-60, 0.5), ValueError, "none of them 0, got "),
+    ],
+)
+def test_what_is_not_one_good_number_per_channel_is_named(function, name, value, error, message):
+    arguments = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), name: value}
+    with pytest.raises(error, match=f"patch_embed: {name} must be a Tensor, or a list or tuple of .*{message}"):
+        function(X.byte(), W, **arguments)
+
+
 # Wrong input.
 
 X, W = torch.zeros(1, 3, 32, 32), torch.zeros(8, 3, 16, 16)

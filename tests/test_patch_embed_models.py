@@ -54,7 +54,7 @@ def stem_kernel(monkeypatch):
         return True if op == "patch_embed" and not why_not() else use(op, x, why_not, *rest, **options)
 
     monkeypatch.setattr("vitkernels._select.use_kernel", use_kernel)
-    monkeypatch.setattr("vitkernels._select._plan", "triton")
+    monkeypatch.setattr("vitkernels._settings.plan", "triton")
     return asked
 
 

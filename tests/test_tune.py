@@ -352,6 +352,40 @@ def test_a_write_that_fails_leaves_the_old_table_and_no_scraps(clock, capsys, tm
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == [TABLE]
 
 
+def a_read_only_disk(tmp_path, monkeypatch):
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    return tmp_path
+
+
+def a_file(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("")
+    return tmp_path / "cache"
+
+
+def a_long_name(tmp_path, monkeypatch):
+    return tmp_path / ("x" * 5000)
+
+
+@pytest.mark.parametrize("place", [a_read_only_disk, a_file, a_long_name])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(clock, capsys, tmp_path, monkeypatch, place):
+    monkeypatch.setenv("VITKERNELS_CACHE", str(place(tmp_path, monkeypatch)))
+    assert main(["tune", "--batch-sizes", "100"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), clock.calls) == ("", 1, 0)
+    assert "cannot write" in err
+
+
+def test_without_a_home_it_asks_for_a_place(clock, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitkernels._env.tuned_dir", lambda: None)
+    assert main(["tune", "--batch-sizes", "100"]) == 2
+    assert "set VITKERNELS_CACHE" in capsys.readouterr().err
+    assert clock.calls == 0
+    assert main(["tune", "--batch-sizes", "100", "--output", str(tmp_path / "table.json")]) == 0
+
+
 # What is never written.
 
 

@@ -35,7 +35,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
     _tuned.forget()
     _tuned._ignore.cache_clear()
-    _tuned._ignore_tables_by_architecture.cache_clear()
+    _tuned._can_be_read.cache_clear()
+    _tuned._go_without.cache_clear()
     (tmp_path / "tuned").mkdir()
     yield tmp_path / "tuned"
     _tuned.forget()
@@ -257,3 +258,65 @@ def test_no_line_without_an_old_table(folder, caplog):
     with caplog.at_level(logging.WARNING, "vitkernels"):
         assert looked_up_again("k") is None
     assert caplog.records == []
+
+
+def no_home(monkeypatch):
+    """Of a user that the system does not know, as in a container that was started with a number for a user."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "VITKERNELS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_a_user_without_a_home_has_no_tables_and_is_told_once(folder, caplog, monkeypatch):
+    no_home(monkeypatch)
+    with caplog.at_level(logging.INFO, "vitkernels"):
+        assert looked_up_again("k") is None
+        assert not _tuned.any_gemm(H100, "k", bf16, 1, 1)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("vitkernels", "INFO")
+    assert record.message.startswith("no tuned tables of this user are read: there is no home folder")
+
+
+def test_the_shipped_table_serves_a_user_without_a_home(folder, monkeypatch, tmp_path):
+    no_home(monkeypatch)
+    monkeypatch.setattr(_tuned, "_SHIPPED", tmp_path)
+    write(tmp_path, H100, "linear", "k", POINTER)
+    assert looked_up_again("k") == POINTER
+
+
+def a_file(path):
+    path.write_text("")
+    return path
+
+
+PLACES = {
+    "a file": lambda tmp_path: a_file(tmp_path / "cache"),
+    "in a file": lambda tmp_path: a_file(tmp_path / "cache") / "x",
+    "too long": lambda tmp_path: tmp_path / ("x" * 5000),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_cache_that_cannot_be_read_is_told_of_once(folder, caplog, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("VITKERNELS_CACHE", str(PLACES[place](tmp_path)))
+    with caplog.at_level(logging.INFO, "vitkernels"):
+        assert looked_up_again("k") is None
+        assert looked_up_again("other") is None
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+
+
+def test_a_folder_without_permission_is_told_of_once(folder, caplog, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", denied)  # root, who runs some tests, may read everything
+    with caplog.at_level(logging.INFO, "vitkernels"):
+        assert looked_up_again("k") is None
+        assert looked_up_again("other") is None
+    (record,) = caplog.records
+    assert "Permission denied" in record.message

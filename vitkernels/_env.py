@@ -41,12 +41,16 @@ def check_backend(name: str) -> None:
         raise ValueError(f"VITKERNELS_BACKEND is {name!r}; accepted: {', '.join(BACKENDS)}")
 
 
-def tuned_dir() -> Path:
-    """Where the user's tuned tables are; need not exist."""
+def tuned_dir() -> Path | None:
+    """Where the user's tuned tables are; need not exist. None for a user without a home folder, as in some containers."""
     cache = os.environ.get("VITKERNELS_CACHE")
     if cache:
         return Path(cache) / "tuned"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkernels" / "tuned"
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return None
+    return Path(caches) / "vitkernels" / "tuned"
 
 
 def extension() -> ModuleType | None:

@@ -7,30 +7,33 @@
 ``reference``  always the PyTorch reference
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _env
+from . import _env, _settings
 
 _logger = logging.getLogger("vitkernels")
 
-# Module globals on purpose: Dynamo guards on them. A ContextVar breaks fullgraph on torch 2.11 and a thread-local would
-# be lost in autograd's threads (an autograd.Function keeps its choice by being the one that was picked).
-_backend = _env.default_backend()
-_target: str | None = None
-_plan: str | None = None
 _reported: set[tuple[str, str]] = set()
 
 MIN_CAPABILITY = (8, 0)
 
+# What a `with backend(...)` inside of code that Dynamo traces has set; None wherever that code runs. Traced code cannot take a
+# lock, and a compiled function stores again, when it ends, what the traced code stored: None, which changes nothing.
+_traced: str | None = None
 
-class backend:
-    """Context manager that sets the backend policy, process-wide.
+
+class backend(_settings.Override):
+    """Context manager that sets the backend policy.
+
+    Inside, the thread or asyncio task that opened the block has this policy; where blocks are nested, the innermost one. A
+    thread or task without a block of its own (autograd's threads, workers) has the policy of the block, of any thread, that
+    was opened last and is still open. Without any block the default rules again, in whatever order blocks overlapped and
+    ended. One object may be entered several times, also by several threads at once. Compiled code follows a change.
 
     Args:
         name: ``"auto"``, ``"fused"`` or ``"reference"``. Outside, the environment variable ``VITKERNELS_BACKEND`` decides.
@@ -42,41 +45,49 @@ class backend:
     def __init__(self, name: str) -> None:
         if name not in _env.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_env.BACKENDS)}, got {name!r}")
+        super().__init__("backend", name)
         self.name = name
+        self._traced_before: list[str | None] = []
 
     def __enter__(self) -> None:
-        global _backend
-        self._previous = _backend
-        _backend = self.name
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            self._traced_before.append(_traced)
+            _traced = self.name
+        else:
+            super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        global _backend
-        _backend = self._previous
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = self._traced_before.pop()
+        else:
+            super().__exit__(*exc)
 
 
-@contextlib.contextmanager
-def targeting(arch: str) -> Iterator[None]:
+class targeting(_settings.Override):
     """Pretend that every tensor lives on a GPU of architecture ``arch`` (``"sm_90"``): for tools on ``meta`` tensors.
 
-    These then also follow CUDA's autocast.
+    These then also follow CUDA's autocast. Threads see it as they see ``backend``.
     """
-    global _target
-    previous, _target = _target, arch
-    try:
-        yield
-    finally:
-        _target = previous
+
+    def __init__(self, arch: str) -> None:
+        super().__init__("target", arch)
 
 
-@contextlib.contextmanager
-def planning(name: str) -> Iterator[None]:
-    """Operators that have a plan of this name run it, whatever they would choose: for tools that compare plans."""
-    global _plan
-    previous, _plan = _plan, name
-    try:
-        yield
-    finally:
-        _plan = previous
+class planning(_settings.Override):
+    """Operators that have a plan of this name run it, whatever they would choose: for tools that compare plans.
+
+    Threads see it as they see ``backend``.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__("plan", name)
+
+
+def policy() -> str:
+    """The backend policy of the calling thread or task."""
+    return _settings.backend if _traced is None else _traced
 
 
 def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
@@ -85,7 +96,8 @@ def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
     A stem with several ways to compute the same (cuBLAS and a pass, or one kernel) lists their names as ``PLANS`` in its file
     in ``ops/``, asks here in its public function, and passes the answer to its operator as an argument.
     """
-    return _plan if _plan in plans else choice()
+    plan = _settings.plan
+    return plan if plan in plans else choice()
 
 
 def target(x: Tensor) -> str | None:
@@ -93,8 +105,9 @@ def target(x: Tensor) -> str | None:
 
     Policy and every ``why_not`` look at nothing else; tuned tables are those of the device's name.
     """
-    if _target is not None:
-        return _target
+    arch = _settings.target
+    if arch is not None:
+        return arch
     if not x.is_cuda or torch.version.cuda is None:
         return None
     return _architecture(x.get_device())
@@ -124,15 +137,16 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         RuntimeError: the policy is ``fused`` and ``why_not()`` gave reasons.
         ValueError: ``VITKERNELS_BACKEND`` names no policy.
     """
-    if _backend == "reference" or (_backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu)):
+    backend = policy()
+    if backend == "reference" or (backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu)):
         return False
-    _env.check_backend(_backend)
+    _env.check_backend(backend)
     reasons = why_not()
-    if not reasons and _backend == "auto" and x.numel() * x.element_size() < min_bytes:
+    if not reasons and backend == "auto" and x.numel() * x.element_size() < min_bytes:
         reasons = [f"inputs below {min_bytes / 2**20:g} MiB are launch-bound"]
     if not reasons:
         return True
-    if _backend == "fused":
+    if backend == "fused":
         raise RuntimeError(f"vitkernels.ops.{op} cannot run its kernel: " + "; ".join(reasons))
     _report_once(op, reasons)
     return False
@@ -194,7 +208,7 @@ def _under_functorch(tensors: list[Tensor]) -> bool:
 
 def _imagined(x: Tensor) -> bool:
     """Is ``x`` a tensor without data that ``targeting`` puts on a GPU?"""
-    return _target is not None and x.is_meta
+    return _settings.target is not None and x.is_meta
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -6,12 +6,14 @@ working, and the reverse assignment undoes it. timm is imported on the first cal
 
 import io
 import logging
+import sys
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import nn
 
+from ._text import Encodable, encoding_of
 from .ops import _availability
 
 _logger = logging.getLogger("vitkernels")
@@ -47,7 +49,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What ``explain`` found. ``print(report)`` shows tables.
+    """What ``explain`` found. ``print(report)`` shows tables, in ASCII characters if standard output has no others.
 
     Attributes:
         modules: one entry per patch embedding, transformer block and attention pooling, fused or with the reasons why not.
@@ -75,9 +77,11 @@ class FusionReport:
         operators = Table("operator", "runs", title="operators on this model's device and dtype")
         for name, reasons in self.operators.items():
             operators.add_row(name, "kernel" if not reasons else "PyTorch: " + "; ".join(reasons))
-        console = Console(file=io.StringIO(), width=120)
+        # A string does not know where it will be written; standard output is where print(report) writes it.
+        text = io.StringIO()
+        console = Console(file=Encodable(text, encoding_of(sys.stdout)), width=120, force_jupyter=False)
         console.print(modules, *([self.note] if self.note else []), operators)
-        return console.file.getvalue()
+        return text.getvalue()
 
 
 RECOMPUTE = (None, "mlp")

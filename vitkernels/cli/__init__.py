@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import _env, _select
+from .._text import Encodable
 from .._version import __version__
 from . import bench, classify, info, inspect, roofline, tune
 from ._output import CommandError
@@ -49,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             document = args.run(args)
         if args.json:
-            print(json.dumps(document, indent=2, allow_nan=False))
+            print(json.dumps(document, indent=2, allow_nan=False), file=Encodable(sys.stdout))
         else:
             args.show(document)
-        sys.stdout.flush()
+        Encodable(sys.stdout).flush()
     except CommandError as error:
         return _fail(error)
     except BrokenPipeError:  # `vitkernels info | head`: nobody reads the rest, also not what Python flushes at exit
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_environment() -> None:
     try:
-        _env.check_backend(_select._backend)
+        _env.check_backend(_select.policy())
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -84,5 +85,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(error: CommandError) -> int:
-    print(f"vitkernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"vitkernels: error: {' '.join(str(error).split())}", file=Encodable(sys.stderr))
     return error.exit_code

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._text import Encodable
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -43,7 +45,8 @@ def console() -> "Console":
     """Standard output for tables; wide enough to keep rows whole when it is a file or a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+    out = Encodable(sys.stdout)
+    return _with_a_width(Console(file=out, width=None if out.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False))
 
 
 def progress() -> "Progress":
@@ -52,8 +55,14 @@ def progress() -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    stderr = Console(stderr=True)
+    stderr = _with_a_width(Console(file=Encodable(sys.stderr)))
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def _with_a_width(console: "Console") -> "Console":
+    if console.width < 1:  # COLUMNS=0
+        console.width = _WIDTH_WITHOUT_TERMINAL
+    return console
 
 
 def picture_path(text: str, purpose: str) -> Path:

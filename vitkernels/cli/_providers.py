@@ -106,7 +106,7 @@ def _sharing_weights(model: nn.Module) -> nn.Module:
 
 def _policy_and_path(fused: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The policy to time the fused model under, and what its operators run there."""
-    if device.type == "cpu" or _select._backend == "reference":
+    if device.type == "cpu" or _select.policy() == "reference":
         return ("auto" if device.type == "cpu" else "reference"), "reference"
     missing = availability(device, dtype)
     kernels = sum(not missing[operator] for operator in _OPERATORS)

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _env
 from ..kernels import _tuned
 from ..kernels._tuning import Case, Problem
 from . import _environment, _measure
@@ -58,12 +60,26 @@ def known(path: Path) -> dict[str, Any]:
     """The table that is there; refuses, before any work, a file that is none, and a place that cannot be written."""
     _tuned.forget()
     table = _tuned.read(path)
-    if path.exists() and not table:
+    if os.path.exists(path) and not table:  # Path.exists raises where the folder cannot be searched
         raise CommandError(f"{path} exists and is no table of format {_tuned.FORMAT}: move it away")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not os.access(folder, os.W_OK):  # a new table takes the old one's place
-        raise CommandError(f"cannot write {path}: permission denied")
+    try:  # as it will be written: a new table takes the old one's place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error} (--output FILE.json is another place)") from error
     return table
+
+
+def user_table(gpu: str) -> Path:
+    """This user's table of the GPU that CUDA calls ``gpu``.
+
+    Raises:
+        CommandError: the user has no folder for it.
+    """
+    folder = _env.tuned_dir()
+    if folder is None:
+        raise CommandError("there is no home folder to write the table to: set VITKERNELS_CACHE=FOLDER")
+    return folder / _tuned.file_name(gpu)
 
 
 def measure(

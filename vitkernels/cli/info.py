@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "extension": _extension(),
         "triton": _triton(),
-        "backend": _select._backend,
+        "backend": _select.policy(),
         "operators": {"device": str(device), "dtype": dtype, "why_not": availability(device, getattr(torch, dtype))},
     }
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import _env, _select, kernels
-from ..kernels import _tuned
 from ..kernels._device import gpu_of
 from ..kernels._tuning import Case, Shape
 from . import _environment, _models, _tuning
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + (args.budget or math.inf)
     device, arch = _gpu(args.device)
     gpu = gpu_of(torch.empty(0, device=device), arch)
-    path = args.output or _env.tuned_dir() / _tuned.file_name(gpu)
+    path = args.output or _tuning.user_table(gpu)
     known = _tuning.known(path)
     cases = _cases(args.models, args.batch_sizes, arch, getattr(torch, args.dtype))
     todo = [case for case in cases if args.force or case.key not in known.get(case.stem, {})]

@@ -285,7 +285,11 @@ def _cached(kernel: Any, arch: int) -> dict[str, Any]:
 
 
 def _read_binary(kernel: Any, arch: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise AotError(f"a folder for temporary files is needed: {error}") from error
+    with temporary as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _USAGE.findall(_tool("cuobjdump", "--dump-resource-usage", str(cubin)))
@@ -330,7 +334,7 @@ def _spills(kernel: Any, arch: int, folder: Path) -> tuple[int, int]:
     ptx.write_text(kernel.asm["ptx"])
     flags = [] if meta.enable_fp_fusion else ["--fmad=false"]
     workaround = "--regAllocOptLevel=2"  # which Triton 3.9 passes and 3.6 does not
-    flags += [workaround] if workaround in Path(nvidia.__file__).read_text() else []
+    flags += [workaround] if workaround in Path(nvidia.__file__).read_text(encoding="utf-8") else []
     flags += (getattr(meta, "ptx_options", None) or "").split()
     target = f"--gpu-name={nvidia.sm_arch_from_capability(arch)}"
     command = [nvidia.get_ptxas(arch).path, "-v", *flags, target, str(ptx), "-o", str(folder / "again.cubin")]

@@ -66,6 +66,17 @@ def _store_rows(ptr, first, stride, num_rows, tiles, factor, ROWS: tl.constexpr,
 
 
 @triton.jit
+def _clear_rows(ptr, first, begin, end, stride, ROWS: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr):
+    """Zeros in rows ``begin`` to ``end``, as far as they are among the ROWS rows from ``first`` on."""
+    rows = first + tl.arange(0, ROWS)
+    for i in tl.static_range(len(PARTS)):
+        cols = _first(PARTS, i) + tl.arange(0, _width(PARTS, i))
+        mask = (rows >= begin)[:, None] & _mask(rows, cols, end, _first(PARTS, i + 1), DH, True)
+        pointers = ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+        tl.store(pointers, tl.zeros((ROWS, _width(PARTS, i)), ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(PARTS)):

@@ -81,16 +81,32 @@ def any_gemm(gpu: str, kind: str, dtype: torch.dtype, N: int, K: int) -> bool:
 
 def _tables(gpu: str) -> Iterator[dict[str, Any]]:
     folder = _env.tuned_dir()
-    _ignore_tables_by_architecture(folder)
-    for place in (folder, _SHIPPED):
-        yield read(place / file_name(gpu))
+    if folder is None:
+        _go_without("there is no home folder, and neither VITKERNELS_CACHE nor XDG_CACHE_HOME is set")
+    elif _can_be_read(folder):
+        yield read(folder / file_name(gpu))
+    yield read(_SHIPPED / file_name(gpu))
 
 
 @functools.cache
-def _ignore_tables_by_architecture(folder: Path) -> None:
-    if any(folder.glob("sm_*.json")):
+def _can_be_read(folder: Path) -> bool:
+    """Whether one can look into this user's folder, or there is none yet. Warns of old tables in it."""
+    try:
+        files = os.listdir(folder)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        _go_without(str(error))
+        return False
+    if any(re.fullmatch(r"sm_.*\.json", file) for file in files):
         why = "a table has its GPU's name now, and the dtype in its keys: `vitkernels tune` writes the new one"
         _ignore(f"every sm_*.json in {folder}", why)
+    return True
+
+
+@functools.cache  # once a process
+def _go_without(why: str) -> None:
+    _logger.info("no tuned tables of this user are read: %s", why)
 
 
 @functools.lru_cache

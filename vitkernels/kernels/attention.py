@@ -199,6 +199,25 @@ def _finish(
 
 
 @triton.jit
+def _clear(
+    out_ptr, row_max_ptr, log_sum_ptr, first_row, begin, end, row_stride,
+    ROWS: tl.constexpr, DH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+):  # fmt: skip
+    """What a tile has of rows ``begin`` to ``end``, tokens of no image: zeros, with the statistics of a row without a key."""
+    rows = tl.arange(0, ROWS)
+    mask = (first_row + rows >= begin) & (first_row + rows < end)
+    out_ptr = _row(out_ptr, first_row, row_stride)
+    offsets = rows * row_stride
+    _store_part(out_ptr, offsets, mask, tl.zeros((ROWS, D0), tl.float32), 0, D0, DH)
+    if D1 > 0:
+        _store_part(out_ptr, offsets, mask, tl.zeros((ROWS, D1), tl.float32), D0, D1, DH)
+    if D2 > 0:
+        _store_part(out_ptr, offsets, mask, tl.zeros((ROWS, D2), tl.float32), D0 + D1, D2, DH)
+    tl.store(row_max_ptr + first_row + rows, tl.zeros((ROWS,), tl.float32), mask=mask)
+    tl.store(log_sum_ptr + first_row + rows, tl.full((ROWS,), float("inf"), tl.float32), mask=mask)
+
+
+@triton.jit
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -424,6 +443,12 @@ def _attention_stream_fwd_kernel(
         q_ptr += first_row * q_row_stride * UNIT
         k_ptr += first_row * k_row_stride * UNIT
         v_ptr += first_row * v_row_stride * UNIT
+        if image == num_images - 1 and (tile + 1) * BLOCK_M > num_queries:
+            # The last image's tiles, spare ones included, reach the last token: those beyond the image are theirs to clear.
+            _clear(
+                out_ptr + (first_row * num_heads + head) * DH, row_max_ptr + statistics, log_sum_ptr + statistics,
+                tile * BLOCK_M, num_queries, total - first_row, num_heads * DH, BLOCK_M, DH, D0, D1, D2,
+            )  # fmt: skip
         if tile * BLOCK_M >= num_queries:
             return
     q_ptr += head * q_head_stride * UNIT

@@ -40,6 +40,7 @@ from ._attention_configs import backward_config, backward_parts, backward_tail
 from ._attention_tiles import (
     _add_product,
     _bias_tile,
+    _clear_rows,
     _delta,
     _image_of_block,
     _load_rows,
@@ -251,7 +252,11 @@ def _attention_bwd_kernel(
     # The compiler sees that there is one trip, unless the program has the head alone or the block may be a spare one.
     start = 0 if ALONE else first_block * BLOCK
     end = start + BLOCK
+    # The last image's blocks, spare ones included, reach the last token: the gradients up to row `cleared` are theirs. Stored
+    # after the loop: before it, the addresses would stay in registers for the stores of the loop.
+    cleared = 0
     if cu_seqlens_ptr is not None:
+        cleared = tl.where(image == num_images - 1, num_queries - packed_row.to(tl.int32), 0)
         num_queries = packed_length
         num_keys = packed_length
         end = tl.minimum(end, packed_length)
@@ -268,6 +273,8 @@ def _attention_bwd_kernel(
                 out_strides[1] * UNIT, dq_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
                 BLOCK, KEY_STEP, KEY_TAIL, MASKED, KEY_ONLY, NATURAL, EXACT, DH, PARTS, PRECISION,
             )  # fmt: skip
+        if cleared > packed_length:
+            _clear_rows(dq_ptr, start, packed_length, cleared, dq_strides[1] * UNIT, BLOCK, DH, PARTS)
     if dq_ptr is not None and dk_ptr is not None:
         tl.debug_barrier()  # the statistics pass from thread to thread
     if dk_ptr is not None:
@@ -280,6 +287,9 @@ def _attention_bwd_kernel(
                 dkv_strides[1] * UNIT, bias_strides[2], bias_strides[3], num_queries, num_keys, scale,
                 QUERY_STEP, QUERY_TAIL, BLOCK, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
             )  # fmt: skip
+        if cleared > packed_length:
+            _clear_rows(dk_ptr, start, packed_length, cleared, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
+            _clear_rows(dv_ptr, start, packed_length, cleared, dkv_strides[1] * UNIT, BLOCK, DH, PARTS)
 
 
 # Launchers.

@@ -34,4 +34,4 @@ def availability(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
 
 def leaves_to_pytorch(x: object) -> bool:
     """Will ``auto`` run PyTorch's operators for all of a block's work, since ``x`` is not on an NVIDIA GPU?"""
-    return _select._backend == "auto" and isinstance(x, torch.Tensor) and _select.target(x) is None
+    return _select.policy() == "auto" and isinstance(x, torch.Tensor) and _select.target(x) is None

@@ -54,6 +54,8 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 def _attention_fwd_reference(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32):
     if cu_seqlens is not None:
         out, row_max, log_sum = _attention_fwd_fake(q, k, v, bias, cu_seqlens, max_seqlen, scale, allow_tf32)
+        for t, nothing in ((out, 0), (row_max, 0), (log_sum, torch.inf)):  # tokens of no image keep these
+            t.fill_(nothing)
         for rows in _image_slices(cu_seqlens):
             image = (t[None, rows] for t in (q, k, v))
             o, m, log = _attention_fwd_reference(*image, None, None, 0, scale, allow_tf32)
@@ -95,16 +97,14 @@ def _attention_bwd_reference(
     dout, q, k, v, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, need_dbias
 ):  # fmt: skip
     if cu_seqlens is not None:
-        *grads, dbias = _attention_bwd_fake(
-            dout, q, k, v, out, row_max, log_sum, bias, cu_seqlens, max_seqlen, scale, allow_tf32, False
-        )
+        grads = [t.new_zeros(t.shape) for t in (q, k, v)]
         for rows in _image_slices(cu_seqlens):
             image = [t[None, rows] for t in (dout, q, k, v, out)]
             statistics = (row_max[None, :, rows], log_sum[None, :, rows])
             parts = _attention_bwd_reference(*image, *statistics, None, None, 0, scale, allow_tf32, False)
             for grad, part in zip(grads, parts, strict=False):
                 grad[rows] = part[0]
-        return *grads, dbias
+        return *grads, q.new_empty(0)
     qh, kh, vh, dh, oh = _heads_first(q, k, v, dout, out)
     p = _probabilities(_logits(qh, kh, bias, scale), row_max, log_sum)
     ds = p * (dh @ vh.transpose(-1, -2) - (dh * oh).sum(-1, keepdim=True))
@@ -219,8 +219,9 @@ def attention(
         bias: additive, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a row that masks every
             key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean of ``v``, as in
             timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with ``cu_seqlens``.
-        cu_seqlens: int32 (B + 1,), ascending from 0 to total: image b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``, and
-            attends to itself only. A length may be 0.
+        cu_seqlens: int32 (B + 1,), ascending from 0, never beyond total: image b owns rows
+            ``cu_seqlens[b]:cu_seqlens[b + 1]``, and attends to itself only. A length may be 0. Rows from ``cu_seqlens[-1]``
+            on belong to no image (a batch padded to a fixed total): whatever they hold, their output and gradients are 0.
         max_seqlen: the longest of these lengths, if the caller knows it. The kernels do without: no length is read back.
 
     Returns:

@@ -1,5 +1,6 @@
 """Patch embedding: pixels to tokens, with prefix tokens and positions. Parts as in ``layer_norm.py``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
-from ..reference.patch_embed import normalise
+from ..reference.patch_embed import normalise, pixel_statistics
 from . import _check
 from ._register import register
 from .layer_norm import KERNEL_DTYPES
@@ -186,8 +187,8 @@ def patch_embed(
     prefix_tokens: Tensor | None = None,
     pos_embed: Tensor | None = None,
     pos_embed_prefix: bool = True,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
     """Patches projected, prefix tokens prepended, positions added (https://arxiv.org/abs/2010.11929, equation 1).
 
@@ -199,13 +200,15 @@ def patch_embed(
         pos_embed: (1, P + Gh*Gw, D), or (1, Gh*Gw, D) when ``pos_embed_prefix`` is False, or None.
         pos_embed_prefix: whether the positions cover the prefix tokens (timm: ``not no_embed_class``).
         mean, std: (C,), of pixels in 0..1, for uint8 images: ``(x / 255 - mean) / std`` in float32. Constants: no gradient.
+            A tensor, or a list or tuple of C numbers (timm's ``IMAGENET_DEFAULT_MEAN``), which each call copies to the device.
 
     Returns:
         (B, P + Gh*Gw, D), contiguous, of the dtype that PyTorch's promotion gives: the weight's, or autocast's, with those of
         prefix tokens and positions. Twice differentiable only through the reference.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype or shape.
+        TypeError, ValueError: an argument of the wrong type, dtype or shape; numbers that are not finite, a ``std`` of 0 among
+            them (not looked for in a tensor, which would have to be read back).
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     op = "patch_embed"
@@ -228,7 +231,10 @@ def patch_embed(
     _check_prefix_and_positions(
         prefix_tokens, pos_embed, pos_embed_prefix, (height // patch_h) * (image_width // patch_w), width
     )
-    _check_normalisation(images, mean, std, channels)
+    _check_both_or_neither(images, mean, std)
+    mean, std = pixel_statistics(mean, std, images, weight)
+    _check.vector(op, "mean", mean, channels)
+    _check.vector(op, "std", std, channels)
     if mean is not None and std is not None:
         mean, std = mean.detach(), std.detach()
     dtype = _select.autocast_dtype(images) or weight.dtype
@@ -277,11 +283,9 @@ def _check_prefix_and_positions(
         _check.shape("patch_embed", "pos_embed", pos_embed, (1, rows, width))
 
 
-def _check_normalisation(images: Tensor, mean: Tensor | None, std: Tensor | None, channels: int) -> None:
+def _check_both_or_neither(images: Tensor, mean: Any, std: Any) -> None:
     if (images.dtype == torch.uint8) != (mean is not None and std is not None) or (mean is None) != (std is None):
         raise ValueError(
             "patch_embed: mean and std belong to uint8 images: give both with uint8 and neither with float"
             " (a model takes uint8 after vitkernels.fuse(model, input='uint8'))"
         )
-    _check.vector("patch_embed", "mean", mean, channels)
-    _check.vector("patch_embed", "std", std, channels)

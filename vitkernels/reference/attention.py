@@ -25,10 +25,11 @@ def attention(
     """Equations (1) to (3). See ``vitkernels.ops.attention``; ``max_seqlen`` is a hint that only kernels need."""
     if cu_seqlens is None:
         return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
-    images = [
-        attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(cu_seqlens.tolist())
-    ]
-    return torch.cat(images) if images else q.clone()
+    ends = cu_seqlens.tolist()
+    images = [attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(ends)]
+    if not images:
+        return q.clone()
+    return torch.cat([*images, images[0].new_zeros(q.shape[0] - ends[-1], *q.shape[1:])])  # tokens of no image: zeros
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None, is_causal: bool = False) -> Tensor:

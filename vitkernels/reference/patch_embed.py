@@ -12,6 +12,10 @@ Backward, with g the rows of dout that are patches and X the patches, (B*Gh*Gw, 
 (6)  dprefix_tokens, dpos_embed = sums over the batch of the rows of dout that they were added to
 """
 
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,10 +29,11 @@ def patch_embed(
     prefix_tokens: Tensor | None = None,
     pos_embed: Tensor | None = None,
     pos_embed_prefix: bool = True,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.patch_embed``."""
+    mean, std = pixel_statistics(mean, std, images, weight)
     images = images if images.dtype == torch.uint8 else images.to(weight.dtype)
     return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
 
@@ -56,6 +61,40 @@ def scriptable_patch_embed(
     if pos_embed is not None and pos_embed_prefix:
         tokens = tokens + pos_embed
     return tokens.contiguous()
+
+
+def pixel_statistics(mean: Any, std: Any, images: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """``mean`` and ``std`` as tensors on the device of ``images``: what is a tensor already, or None, as it is.
+
+    Numbers become float32, or float64 where the weight is.
+
+    Raises:
+        TypeError, ValueError: no numbers, not one for each channel, not finite, or a ``std`` of 0.
+    """
+    channels, dtype = weight.shape[1], torch.promote_types(torch.float32, weight.dtype)
+    found = []
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and not isinstance(value, Tensor):
+            value = torch.tensor(_numbers(name, value, channels, dtype), dtype=dtype, device=images.device)
+        found.append(value)
+    return found[0], found[1]
+
+
+def _numbers(name: str, value: Any, channels: int, dtype: torch.dtype) -> list[float]:
+    accepted = f"patch_embed: {name} must be a Tensor, or a list or tuple of {channels} numbers"
+    values = value.tolist() if hasattr(value, "tolist") else value  # an array of NumPy
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{accepted}, got {type(value).__name__}")
+    if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{accepted}, got {value!r}")
+    if len(values) != channels:
+        raise ValueError(f"{accepted}, got {len(values)}")
+    limits = torch.finfo(dtype)
+    if not all(-limits.max <= v <= limits.max for v in values):
+        raise ValueError(f"{accepted}, all finite, got {value!r}")
+    if name == "std" and not all(abs(v) >= limits.tiny for v in values):
+        raise ValueError(f"{accepted}, none of them 0, got {value!r}")
+    return [float(v) for v in values]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
