@@ -652,7 +652,7 @@ def test_an_error_is_printed_to_a_terminal_of_ascii_characters(monkeypatch):
     assert b"f\\xfcnf" in err.buffer.getvalue()
 
 
-@pytest.mark.parametrize("stream", [None, "closed", types.SimpleNamespace(write=len)], ids=str)
+@pytest.mark.parametrize("stream", [None, "closed", types.SimpleNamespace(write=len)], ids=["none", "closed", "write only"])
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
 def test_standard_output_may_be_closed_or_no_file(monkeypatch, stream, options):
     if stream == "closed":
