@@ -9,6 +9,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _env
 
 _logger = logging.getLogger("vitkernels")
+_Function = TypeVar("_Function", bound=Callable)
 
 # Module globals on purpose: Dynamo guards on them. A ContextVar breaks fullgraph on torch 2.11 and a thread-local would
 # be lost in autograd's threads (an autograd.Function keeps its choice by being the one that was picked).
@@ -68,7 +70,7 @@ def targeting(arch: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def planning(name: str) -> Iterator[None]:
+def planning(name: str | None) -> Iterator[None]:
     """Operators that have a plan of this name run it, whatever they would choose: for tools that compare plans."""
     global _plan
     previous, _plan = _plan, name
@@ -84,7 +86,7 @@ def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
     A stem with several ways to compute the same (cuBLAS and a pass, or one kernel) lists their names as ``PLANS`` in its file
     in ``ops/``, asks here in its public function, and passes the answer to its operator as an argument.
     """
-    return _plan if _plan in plans else choice()
+    return _plan if _plan is not None and _plan in plans else choice()
 
 
 def target(x: Tensor) -> str | None:
@@ -99,14 +101,19 @@ def target(x: Tensor) -> str | None:
     return _architecture(x.get_device())
 
 
+def run_by_dynamo(function: _Function) -> _Function:
+    """Decorator for what Dynamo cannot trace: while compiling it runs the function and takes the result as a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import Dynamo, a second at import time.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@run_by_dynamo
 def _architecture(device_index: int) -> str:
     major, minor = torch.cuda.get_device_capability(device_index)
     return f"sm_{major}{minor}"
-
-
-# What torch.compiler.assume_constant_result sets: Dynamo runs the function instead of tracing get_device_capability, which it
-# cannot. The decorator itself would import Dynamo, a second at import time.
-_architecture._dynamo_marked_constant = True
 
 
 def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:

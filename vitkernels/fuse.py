@@ -75,9 +75,9 @@ class FusionReport:
         operators = Table("operator", "runs", title="operators on this model's device and dtype")
         for name, reasons in self.operators.items():
             operators.add_row(name, "kernel" if not reasons else "PyTorch: " + "; ".join(reasons))
-        console = Console(file=io.StringIO(), width=120)
-        console.print(modules, *([self.note] if self.note else []), operators)
-        return console.file.getvalue()
+        text = io.StringIO()
+        Console(file=text, width=120).print(modules, *([self.note] if self.note else []), operators)
+        return text.getvalue()
 
 
 RECOMPUTE = (None, "mlp")
@@ -223,7 +223,7 @@ def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ..
                 f"input='uint8' needs mean and std of the {channels} channels of {name} in its model's pretrained_cfg,"
                 f" got mean={mean}, std={std}"
             )
-        if not all(isinstance(value, Real) and 0 <= value <= 1 for value in mean + std) or min(std) == 0:
+        if not all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in mean + std) or min(std) == 0:
             raise ValueError(
                 f"input='uint8' needs mean in 0..1 and std in 0..1 and not 0 for {name}, as timm has them (pixels / 255),"
                 f" but its model's pretrained_cfg has mean={mean}, std={std}"

@@ -223,8 +223,8 @@ def forward_constants(
     # any more, spills: 36 bytes at 256 keys of 64 channels.
     splits = min(tiles, triton.cdiv(4 * multiprocessors, max(1, heads)))
     taken = max(triton.cdiv(tiles, splits), 2 if sum(blocks) + width > 304 and not config.online else 1)
-    rest = {"BLOCK_M": config.block_m, "LAST_MASKED": sum(blocks) != M, "ONLINE": config.online, "TILES": taken}
-    return {**parts, **keys, **rest, **options}
+    flags = {"LAST_MASKED": sum(blocks) != M, "ONLINE": config.online}
+    return {**parts, **keys, "BLOCK_M": config.block_m, **flags, "TILES": taken, **options}
 
 
 # Backward.

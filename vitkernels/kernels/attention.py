@@ -485,9 +485,9 @@ def launch_attention_fwd(
         return out, row_max, log_sum
     q, k, v = (_rows(t) for t in (q, k, v))
     packed = cu_seqlens is not None
-    cu_seqlens = cu_seqlens.contiguous() if packed else None
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     num_keys = k.shape[-3]
-    bias_strides = [0, 0, 0, 0]
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         if max(bias.stride()[-2:], default=0) >= 2**24:  # a tile of it is not within int32 offsets
             bias = bias.contiguous()
@@ -519,7 +519,7 @@ def launch_attention_fwd(
             q, k, v, bias, out, row_max, log_sum, num_queries, num_keys, num_heads, splits, *numbers, **common
         )
         return out, row_max, log_sum
-    num_images = cu_seqlens.numel() - 1 if packed else images[0]
+    num_images = images[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if packed:
         tiles = num_queries // config.block_m + num_images
     _attention_stream_fwd_kernel[(heads * tiles,)](

@@ -62,7 +62,8 @@ def fold(block: nn.Module) -> None:
 
 
 def _folded(block: nn.Module) -> dict[str, Tensor]:
-    layers, found = _layers(block), {}
+    layers = _layers(block)
+    found: dict[str, Tensor] = {}
     dtype = layers["qkv"].weight.dtype
     if dtype in (torch.float16, torch.bfloat16):  # in float32 there is no rounding of LN(x) to save, and a mean to lose
         for name, norm in _WITH_NORM:

@@ -7,6 +7,7 @@ costs 8 us a block (through ``nn.Module.__getattr__`` it was 26) and can never b
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 # Of Tensor, and of Parameter and FakeTensor: a subclass with another one acts on its own terms.
 _PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
+_Forwards = tuple[tuple[type[nn.Module], object], ...]  # of classes, as imported
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
 
 
@@ -52,7 +54,7 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
 
 def _plain(parameters: Iterable[Tensor | None]) -> bool:
     for p in parameters:
-        kind = type(p)
+        kind: Any = type(p)
         if p is None or kind is nn.Parameter or kind is Tensor:
             continue
         if is_traceable_wrapper_subclass(p) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
@@ -64,12 +66,12 @@ def _describe(child: nn.Module | None) -> str:
     return "missing" if child is None else f"a {type(child).__module__.partition('.')[0]} {type(child).__name__}"
 
 
-def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type, ...]]) -> tuple[tuple[type, object], ...]:
+def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type[nn.Module], ...]]) -> _Forwards:
     """The ``forward`` of ``owner`` and of every accepted class, as imported."""
     classes = dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)])
     return tuple((cls, cls.forward) for cls in classes)
 
 
-def patched(shipped: tuple[tuple[type, object], ...]) -> list[str]:
+def patched(shipped: _Forwards) -> list[str]:
     """Reasons for classes whose ``forward`` was replaced since, for all instances (attention-map hacks do)."""
     return [f"{cls.__name__}.forward was replaced" for cls, forward in shipped if cls.forward is not forward]

@@ -126,8 +126,9 @@ class FusedBlock(Block):
         if undropped and gamma is None and fc2_gamma is None:
             return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
         x = linear(heads, weight, bias, layer_scale=gamma, residual=x, drop_path=dropped)
-        options = {"layer_scale": fc2_gamma, "drop_path": fc2_dropped, "recompute": self.recompute_mlp}
-        return mlp(x, *parameters, eps=norm2.eps, act=act, **options), None
+        recompute = self.recompute_mlp
+        x = mlp(x, *parameters, eps=norm2.eps, act=act, layer_scale=fc2_gamma, drop_path=fc2_dropped, recompute=recompute)
+        return x, None
 
     def train(self, mode=True):
         if mode and self.inference:
@@ -201,7 +202,7 @@ class InnerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         folded = _folded_for_us(self.block)
-        if folded is None:
+        if folded is None or folded.qkv is None:
             return self.block(x)
         statistics = Statistics(*(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2)))
         return self.block.fused(x, folded, statistics, (folded.qkv, self.block.norm1.eps))[0]
@@ -235,7 +236,9 @@ def _attention_state(attn: Attention) -> list[str]:
 
 
 def _dropout(path: str, module: nn.Module | None) -> list[str]:
-    return [f"{path} is active"] if type(module) is nn.Dropout and module.training and module.p > 0.0 else []
+    if module is None or type(module) is not nn.Dropout:
+        return []
+    return [f"{path} is active"] if module.training and module.p > 0.0 else []
 
 
 # Leaves for torch.fx, to which mask and flag may be proxies. They return (B, N, H*Dh).
@@ -244,7 +247,8 @@ def _dropout(path: str, module: nn.Module | None) -> list[str]:
 def _attention_packed(qkv: Tensor, num_heads: int, head_dim: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     qkv = qkv.view(*qkv.shape[:-1], 3, num_heads, head_dim)
     if is_causal:
-        return _attention(*qkv.unbind(2), attn_mask, is_causal)
+        q, k, v = qkv.unbind(2)
+        return _attention(q, k, v, attn_mask, is_causal)
     return attention_qkv(qkv, bias=attn_mask).flatten(2)
 
 

@@ -30,7 +30,9 @@ def mlp(
         from torch.utils.checkpoint import checkpoint
 
         arguments = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        options = {"eps": eps, "act": act, "layer_scale": layer_scale, "drop_path": drop_path}
-        return checkpoint(mlp, *arguments, **options, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            mlp, *arguments, eps=eps, act=act, layer_scale=layer_scale, drop_path=drop_path,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
     hidden = linear(x, fc1_weight, fc1_bias, act=act, norm=(norm_weight, norm_bias, eps))
     return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x, drop_path=drop_path)

@@ -30,6 +30,8 @@ def patch_embed(
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.patch_embed``."""
     if images.dtype == torch.uint8:
+        if mean is None or std is None:
+            raise ValueError("patch_embed: uint8 images need mean and std")
         images = normalise(images, mean, std)
     images = images.to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)

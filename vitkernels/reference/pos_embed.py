@@ -79,7 +79,6 @@ def copies(
     image = grid.to(compute or torch.promote_types(torch.float32, grid.dtype))
     # In timm's layout, channels innermost: in others F.interpolate with antialias is wrong for outputs of width 1 (torch 2.15).
     image = image.contiguous().reshape(1, *old_size, posemb.shape[-1]).permute(0, 3, 1, 2)  # (1, D, h, w)
-    mode = {"mode": interpolation, "antialias": antialias, "align_corners": align_corners}
     found = []
     for size in sizes:
         # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
@@ -87,7 +86,8 @@ def copies(
         full = (max(size), max(size)) if preserve_aspect_ratio else tuple(size)  # timm's NaFlex: the square, upper left kept
         copy = grid[0]
         if not same:
-            resampled = F.interpolate(image, size=full, **mode)[:, :, : size[0], : size[1]]
+            resampled = F.interpolate(image, full, mode=interpolation, antialias=antialias, align_corners=align_corners)
+            resampled = resampled[:, :, : size[0], : size[1]]
             copy = resampled.permute(0, 2, 3, 1).reshape(-1, posemb.shape[-1]).to(posemb.dtype)
         copy = torch.cat([prefix, copy]) if num_prefix_tokens else copy
         found.append(copy if pad_to is None else F.pad(copy[:pad_to], (0, 0, 0, pad_to - min(copy.shape[0], pad_to))))
