@@ -13,6 +13,7 @@ Tensor cores multiply tiles of powers of two, and what is padded is wasted: 197 
 a head dim of 72 or 80 is 64 + 16. Only the last key block has masks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -494,7 +495,7 @@ def launch_attention_fwd(
         bias_strides = bias.expand(*images, num_heads, num_queries, num_keys).stride()
     key_only = bias_strides[2] == 0 or num_queries == 1
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    unit = math.gcd(8, *strides)
     arch, full_bias, size = architecture(q.device), bias is not None and not key_only, (num_queries, num_keys, head_dim)
     config = forward_config(arch, gpu_of(q, f"sm_{arch}"), q.dtype, *size, bias is not None, full_bias, packed)
     heads = num_heads * (1 if packed else images[0])

@@ -27,6 +27,7 @@ makes delta EXACT:
 (8)  delta := delta + sum_keys(ds)             since sum_keys(p) = 1
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -376,7 +377,7 @@ def _launch(
     bias_view = None if bias is None else bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, N or 1, M or 1)
     bias_strides = (0,) * 4 if bias_view is None else _strides(bias_view)
     strides = [_row_strides(t) for t in (dout, q, k, v, out, dq, dk)]
-    unit = 8 if all(stride % 8 == 0 for group in strides for stride in group) else 1
+    unit = math.gcd(8, *(stride for group in strides for stride in group))
     *strides, out_strides, dq_strides, dkv_strides = (tuple(stride // unit for stride in group) for group in strides)
     packed = cu_seqlens is not None
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
