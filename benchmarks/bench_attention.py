@@ -5,6 +5,7 @@ transpose copies are part of its work. ``eager`` leaves the choice of backend to
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,11 +66,14 @@ def _functions(device: torch.device) -> dict[str, Callable[[], tuple[Function, s
         need_gpu(device, "xformers")
         return _xformers(optional("xformers.ops", "xformers")), "xformers"
 
+    def sdpa(name: str) -> tuple[Function, str]:
+        return _with_backend(name, device), "pytorch"
+
     return {
         "eager": lambda: (_eager, "pytorch"),
         "compile": compiled,
         "naive-attention": lambda: (_naive, "pytorch"),
-        **{name: lambda name=name: (_with_backend(name, device), "pytorch") for name in _SDPA},
+        **{name: partial(sdpa, name) for name in _SDPA},
         "flash-attn": flash_attn,
         "xformers": xformers,
         "fused": lambda: (_ours(device), ours_on(device)[1]),

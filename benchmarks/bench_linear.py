@@ -4,6 +4,7 @@ qkv: bias; proj, fc2: bias, LayerScale, residual; fc1: bias, erf-GELU; fc1_tanh:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _functions(kind: str, device: torch.device, mode: str) -> dict[str, Callable
         need_gpu(device, "QuACK")
         if act is None:
             linear = optional("quack.linear", "QuACK").linear_func
-            return lambda *inputs: eager(*inputs, linear=linear), "quack"
+            return partial(eager, linear=linear), "quack"
         if mode == "train":
             raise Unavailable("QuACK differentiates an activation together with the layer after it: mlp has it")
         name, linear_act = quack_activation(act), optional("quack.linear", "QuACK").linear_act_func
@@ -97,7 +98,7 @@ def _functions(kind: str, device: torch.device, mode: str) -> dict[str, Callable
             module = layer(weight.shape[1], weight.shape[0], device="meta", params_dtype=x.dtype)
             return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
 
-        return lambda *inputs: eager(*inputs, linear=linear), "transformer_engine"
+        return partial(eager, linear=linear), "transformer_engine"
 
     def plan(name: str) -> Callable[[], tuple[Function, str]]:
         def build() -> tuple[Function, str]:

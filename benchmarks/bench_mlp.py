@@ -104,12 +104,13 @@ def _functions(act: str, device: torch.device) -> dict[str, Callable[[], tuple[F
     }
 
 
-def _ours(act: str, device: torch.device, plan: str, **options: bool) -> Function:
+def _ours(act: str, device: torch.device, plan: str, recompute: bool = False) -> Function:
     policy, _ = ours_on(device)
 
     def function(*inputs: Tensor) -> Tensor:
         with vk.backend(policy), _select.planning(plan):
-            return vk.ops.mlp(*inputs, eps=EPS, act=act, **options)
+            x, *weights = inputs
+            return vk.ops.mlp(x, *weights, eps=EPS, act=act, recompute=recompute)
 
     return function
 

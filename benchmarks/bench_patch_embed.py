@@ -79,9 +79,9 @@ def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return torch.tensor(MEAN, device=device).to(dtype), torch.tensor(STD, device=device).to(dtype)
 
 
-def _from(source: Tensor, embed: Function) -> Function:
+def _from(source: Tensor, embed: Callable[..., Tensor]) -> Function:
     """``embed`` on float images, or on uint8 ones after the copy and the normalisation, in float32, that a user writes."""
-    statistics: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    statistics: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def call(weight: Tensor, *rest: Tensor | None) -> Tensor:
         if source.dtype != torch.uint8:
@@ -117,7 +117,7 @@ def _positioned(tokens: Tensor, prefix: Tensor | None, positions: Tensor) -> Ten
 def _fused(source: Tensor, device: torch.device) -> Function:
     policy, _ = ours_on(device)
     mean, std = _statistics(device, torch.float32)
-    normalise = {"mean": mean, "std": std} if source.dtype == torch.uint8 else {}
+    normalise: dict[str, Any] = {"mean": mean, "std": std} if source.dtype == torch.uint8 else {}
 
     def call(weight: Tensor, bias: Tensor, prefix: Tensor | None, positions: Tensor) -> Tensor:
         images = source.to(weight.device, non_blocking=True)

@@ -58,5 +58,6 @@ def outcomes(request: pytest.FixtureRequest, environment: dict[str, Any]) -> dic
 
 def _selected(request: pytest.FixtureRequest, case: object) -> list[str]:
     """The providers of the case that -k left, and eager."""
-    mine = [i for i in request.session.items if getattr(i, "callspec", None) and i.callspec.params.get("outcomes") == case]
+    items: list[Any] = list(request.session.items)
+    mine = [i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("outcomes") == case]
     return list(dict.fromkeys(["eager", *(item.callspec.params["provider"] for item in mine)]))

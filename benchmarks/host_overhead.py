@@ -209,8 +209,8 @@ def block_rows(stub: stub_driver.StubDriver) -> Iterator[Row]:
     torch.manual_seed(0)
     stock = Block(WIDTH, HEADS, qkv_bias=True).eval()
 
-    def fused(dtype: torch.dtype, **options: bool) -> torch.nn.Module:
-        return vk.fuse(torch.nn.Sequential(copy.deepcopy(stock).to(dtype)), **options)[0]
+    def fused(dtype: torch.dtype, inference: bool = False) -> torch.nn.Module:
+        return vk.fuse(torch.nn.Sequential(copy.deepcopy(stock).to(dtype)), inference=inference)[0]
 
     def infer(block: Callable[..., object], x: Tensor) -> Callable[[], object]:
         return lambda: block(x)

@@ -45,9 +45,11 @@ def _of_benchmarks(path: Path) -> list[Row]:
 
 def _of_a_round(path: Path) -> list[Row]:
     with tarfile.open(path) as tar:
-        document = json.load(tar.extractfile("round.json"))
+        file = tar.extractfile("round.json")
+        assert file is not None  # no folder
+        document = json.load(file)
     # Where the step that asks for the environment was cut, the tables still name the GPU.
-    unknown = {"gpus": [], "device": "cuda", "threads": "?", **dict.fromkeys(("torch", "triton", "timm", "commit"))}
+    unknown: Row = {"gpus": [], "device": "cuda", "threads": "?", **dict.fromkeys(("torch", "triton", "timm", "commit"))}
     environment = {**unknown, "cpu": document["environment"]["gpu"], **document["environment"]}
     return [{**row, "environment": environment} for step in document["steps"] for row in step["rows"]]
 
@@ -315,7 +317,8 @@ def _dress(panel: Any, rows: list[Row], label: str, key: str) -> None:
         medians += [limit for row in rows if (limit := ideal(row))]  # the axis must reach it
     if "logarithmic" in label:
         panel.set_xscale("log")
-        panel.set_xlim(0.5 * min(row.get(f"{key}_p10", row[key]) for row in rows), 4 * max(medians))
+        p10 = f"{key}_p10"
+        panel.set_xlim(0.5 * min(row[p10] if p10 in row else row[key] for row in rows), 4 * max(medians))
         low, high = panel.get_xlim()
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=12))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

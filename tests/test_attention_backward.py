@@ -18,7 +18,7 @@ from vitkernels.kernels.attention_backward import launch_attention_bwd, launch_a
 
 pytestmark = KERNEL_TESTS
 LENGTHS = (1, 2, 63, 64, 65, 196, 197, 256, 257, 576, 577, 1370)
-HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
+HEAD_DIMS = (32, 48, 64, 72, 76, 80, 88, 96, 104, 128)
 
 
 def normal(*shape, dtype=torch.float32, std=1.0):

@@ -523,6 +523,7 @@ MEAN = torch.zeros(3)
         ),
         (lambda: vk.ops.patch_embed(X.byte(), W), ValueError, "mean and std belong to uint8"),
         (lambda: vk.ops.patch_embed(X.byte(), W, mean=MEAN), ValueError, "mean and std belong to uint8"),
+        (lambda: vk.reference.patch_embed(X.byte(), W, mean=MEAN), ValueError, "uint8 images need mean and std"),
         (lambda: vk.ops.patch_embed(X, W, mean=MEAN, std=MEAN), ValueError, "mean and std belong to uint8"),
         (lambda: vk.ops.patch_embed(X.byte(), W), ValueError, r"vitkernels.fuse\(model, input='uint8'\)"),
         (lambda: vk.ops.patch_embed(X, W[:, :, :0]), ValueError, r"weight must have .* patch of .*1x1, got \(8, 3, 0, 16\)"),

@@ -12,6 +12,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 BACKENDS = ("auto", "fused", "reference")
 
@@ -68,5 +69,5 @@ def _load_extension() -> ModuleType | None:
 
 
 # The extension itself, loaded once: looking for it takes 20 us.
-EXTENSION = _load_extension()
+EXTENSION: Any = _load_extension()
 EXTENSION_HAS_CUDA = EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None

@@ -9,6 +9,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _env, _settings
 
 _logger = logging.getLogger("vitkernels")
+_Function = TypeVar("_Function", bound=Callable)
 
 _reported: set[tuple[str, str]] = set()
 
@@ -81,7 +83,7 @@ class planning(_settings.Override):
     Threads see it as they see ``backend``.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None) -> None:
         super().__init__("plan", name)
 
 
@@ -97,7 +99,7 @@ def choose_plan(plans: Sequence[str], choice: Callable[[], str]) -> str:
     in ``ops/``, asks here in its public function, and passes the answer to its operator as an argument.
     """
     plan = _settings.plan
-    return plan if plan in plans else choice()
+    return plan if plan is not None and plan in plans else choice()
 
 
 def target(x: Tensor) -> str | None:
@@ -113,14 +115,19 @@ def target(x: Tensor) -> str | None:
     return _architecture(x.get_device())
 
 
+def run_by_dynamo(function: _Function) -> _Function:
+    """Decorator for what Dynamo cannot trace: while compiling it runs the function and takes the result as a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import Dynamo, a second at import time.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@run_by_dynamo
 def _architecture(device_index: int) -> str:
     major, minor = torch.cuda.get_device_capability(device_index)
     return f"sm_{major}{minor}"
-
-
-# What torch.compiler.assume_constant_result sets: Dynamo runs the function instead of tracing get_device_capability, which it
-# cannot. The decorator itself would import Dynamo, a second at import time.
-_architecture._dynamo_marked_constant = True
 
 
 def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:

@@ -9,6 +9,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from numbers import Real
+from typing import IO, cast
 
 import torch
 from torch import nn
@@ -79,7 +80,8 @@ class FusionReport:
             operators.add_row(name, "kernel" if not reasons else "PyTorch: " + "; ".join(reasons))
         # A string does not know where it will be written; standard output is where print(report) writes it.
         text = io.StringIO()
-        console = Console(file=Encodable(text, encoding_of(sys.stdout)), width=120, force_jupyter=False)
+        stream = cast(IO[str], Encodable(text, encoding_of(sys.stdout)))
+        console = Console(file=stream, width=120, force_jupyter=False)
         console.print(modules, *([self.note] if self.note else []), operators)
         return text.getvalue()
 
@@ -229,7 +231,7 @@ def _pixel_statistics(model: nn.Module) -> dict[nn.Module, tuple[tuple[float, ..
                 f"input='uint8' needs mean and std of the {channels} channels of {name} in its model's pretrained_cfg,"
                 f" got mean={mean}, std={std}"
             )
-        if not all(isinstance(value, Real) and 0 <= value <= 1 for value in mean + std) or min(std) == 0:
+        if not all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in mean + std) or min(std) == 0:
             raise ValueError(
                 f"input='uint8' needs mean in 0..1 and std in 0..1 and not 0 for {name}, as timm has them (pixels / 255),"
                 f" but its model's pretrained_cfg has mean={mean}, std={std}"

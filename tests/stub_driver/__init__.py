@@ -18,6 +18,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 ARCH, MULTIPROCESSORS = 90, 132  # the chip whose attributes libcuda.c has
@@ -86,9 +87,10 @@ def _replace_torch_cuda() -> None:
     def lazy_init() -> None:
         pass
 
-    torch.cuda._lazy_init, torch.cuda.device_count, torch.cuda.current_device = lazy_init, device_count, current_device
+    cuda: Any = torch.cuda
+    cuda._lazy_init, cuda.device_count, cuda.current_device = lazy_init, device_count, current_device
     # Lambdas stand for functions of C, and host_overhead.py does not count them as calls of Python.
-    torch.cuda._get_device_properties = lambda index: properties
+    cuda._get_device_properties = lambda index: properties
     torch._C._cuda_getDevice = lambda: 0
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 

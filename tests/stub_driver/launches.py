@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
@@ -47,9 +48,9 @@ def functions() -> Iterator[Case]:
     dropped = torch.ones(B, 1, 1, dtype=BF16)
     images, weight, prefix, positions = leaf(B, 3, 32, 32), leaf(D, 3, 16, 16), leaf(1, 1, D), leaf(1, 5, D)
     pixels = torch.randint(0, 256, (B, 3, 32, 32), dtype=torch.uint8)
-    statistics = {"mean": torch.rand(3), "std": torch.rand(3)}
+    statistics: dict[str, Any] = {"mean": torch.rand(3), "std": torch.rand(3)}
     ops, last = vk.ops, pixels.to(memory_format=torch.channels_last)
-    tokens = {"prefix_tokens": prefix, "pos_embed": positions}
+    tokens: dict[str, Any] = {"prefix_tokens": prefix, "pos_embed": positions}
     everywhere = {
         "layer_norm": lambda: ops.layer_norm(x, w, b),
         "add_layer_norm": lambda: ops.add_layer_norm(x, residual, w, b, layer_scale=scale),
@@ -81,7 +82,7 @@ def functions() -> Iterator[Case]:
 
 def models() -> Iterator[Case]:
     """Fused models, as small as they can be: forward under inference mode and, of those that train, forward and backward."""
-    small = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    small: dict[str, Any] = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
     vit = partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, **small)
     images = torch.randn(2, 3, 32, 32).to(BF16)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -90,7 +91,7 @@ def models() -> Iterator[Case]:
         "patch_coord": torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1], [0, 0], [0, 0]], [[i // 3, i % 3] for i in range(6)]]),
         "patch_valid": torch.tensor([[True] * 4 + [False] * 2, [True] * 6]),
     }
-    found = {
+    found: dict[str, tuple[nn.Module, dict[str, Any], Any]] = {
         "plain": (vit(), {}, images),
         "LayerScale": (vit(init_values=0.1), {}, images),
         "inference": (vit(init_values=0.1), {"inference": True}, images),

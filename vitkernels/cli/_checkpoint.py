@@ -46,6 +46,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        content: Any
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:

@@ -108,7 +108,7 @@ class _Ledger(TorchDispatchMode):
 
     def add(self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor], launched_by: str = "") -> None:
         distinct = {(self.storage(t), t.storage_offset(), t.shape, t.stride()): t for t in reads}.values()
-        operator = Operator(name, tuple(writes[0].shape), flops, *(self._sized(ts) for ts in (distinct, writes)), launched_by)
+        operator = Operator(name, tuple(writes[0].shape), flops, self._sized(distinct), self._sized(writes), launched_by)
         if operator.read_bytes + operator.written_bytes > 0:
             self.operators.append(operator)
 

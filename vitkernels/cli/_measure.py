@@ -104,7 +104,7 @@ def _calls(step: Step, device: torch.device) -> int:
     return min(_MAX_CALLS, max(1, round(_SECONDS_PER_ROUND / _seconds(step, 1, device))))
 
 
-def _seconds(step: Step, calls: int, device: torch.device) -> float:
+def _seconds(step: Callable[[], object], calls: int, device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from .._text import Encodable
 
@@ -46,7 +46,9 @@ def console() -> "Console":
     from rich.console import Console
 
     out = Encodable(sys.stdout)
-    return _with_a_width(Console(file=out, width=None if out.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False))
+    return _with_a_width(
+        Console(file=cast(IO[str], out), width=None if out.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+    )
 
 
 def progress() -> "Progress":
@@ -55,7 +57,7 @@ def progress() -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    stderr = _with_a_width(Console(file=Encodable(sys.stderr)))
+    stderr = _with_a_width(Console(file=cast(IO[str], Encodable(sys.stderr))))
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 

@@ -62,10 +62,10 @@ def normalise(images: "list[Image]", config: dict[str, Any]) -> Tensor:
     return ((pixels - mean) / std).contiguous()
 
 
-def _crops(sizes: list[tuple[int, int]], aspect: float, count: int) -> list[tuple[int, tuple[int, ...], bool]]:
+def _crops(sizes: list[tuple[int, int]], aspect: float, count: int) -> list[tuple[int, tuple[int, int, int, int], bool]]:
     """``count`` different choices of (photo, box as left, top, right, bottom, flip); aspect is width / height."""
     generator = random.Random(0)
-    chosen: dict[tuple[int, tuple[int, ...], bool], None] = {}
+    chosen: dict[tuple[int, tuple[int, int, int, int], bool], None] = {}
     while len(chosen) < count:
         index = len(chosen) % len(sizes)
         width, height = sizes[index]

@@ -98,6 +98,7 @@ def attention_figure(rows: list[dict[str, Any]]) -> Figure:
         for panel in axes:
             panel.set_axis_off()
     bar = figure.colorbar(shown, ax=grid[:, 2], shrink=0.9 / len(rows), aspect=20)
-    bar.solids.set_alpha(1)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1)
     bar.set_ticks(shown.get_clim(), labels=["least", "most"])
     return figure

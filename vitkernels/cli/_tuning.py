@@ -267,16 +267,17 @@ def _still_works(device: torch.device, what: str) -> None:
 def _poisoned() -> Iterator[None]:
     """New memory is NaN: a candidate that leaves a tile out must not find the last one's result there."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # a module of properties
+    fill = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that cuBLAS was not configured for it
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill
 
 
 def _errors(value: Tensor, oracle: Tensor) -> tuple[float, float]:

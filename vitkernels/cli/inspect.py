@@ -11,11 +11,14 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .. import _env, _select
 from ..kernels._device import CHIPS
+from . import _compiled
+from ._models import listed, positive
 from ._output import CommandError, console, progress
 from ._workloads import WORKLOADS, Workload
 
@@ -23,7 +26,7 @@ _DEFAULT_ARCHS = "80,90"
 
 
 def _spills(row: dict[str, Any]) -> str | None:
-    spilled = max(row["spill_bytes"], row["spill_load_bytes"])
+    spilled = _compiled.spilled(row)
     return f"spills {spilled} bytes of registers" if spilled else None
 
 
@@ -49,13 +52,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--arch", default=_DEFAULT_ARCHS, help=f"compute capabilities to compile for (default: {_DEFAULT_ARCHS})"
     )
     parser.add_argument("--workload", help="only the shapes of these, B/16,So400m/14 for example (default: all)")
+    heads = "heads of so many channels instead of the workloads' own, 72,88 for example"
+    parser.add_argument("--head-dims", type=listed(positive), metavar="A,B", help=heads)
+    record = "put registers, spilled bytes and blocks an SM of what compiled into this table, under the version of Triton"
+    parser.add_argument("--record", type=Path, metavar="FILE.json", help=record)
     parser.add_argument("--fail-on", default="", metavar="CHECKS", help=f"exit with 1 on any of {','.join(CHECKS)}")
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compile and read back; ``errors`` has a line for each violation of ``--fail-on``."""
-    checks, archs, shapes = _checks(args.fail_on), _archs(args.arch), _shapes(args.workload)
+    checks, archs, shapes = _checks(args.fail_on), _archs(args.arch), _shapes(args.workload, args.head_dims)
     if not _env.HAS_TRITON:
         raise CommandError("inspect compiles with Triton, which is not installed")
     stems = _stems(args.stem)
@@ -63,10 +70,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise CommandError("kernels cannot be compiled in a process that interprets them: unset TRITON_INTERPRET")
     from ..kernels import _aot as aot
 
+    table = {} if args.record is None else _table(args.record)
     try:
         rows, errors = _compile(aot, stems, shapes, archs)
     except aot.AotError as error:
         raise CommandError(str(error)) from error
+    if args.record is not None:
+        _compiled.merge(table, rows, aot.triton.__version__)
+        try:
+            _compiled.write(args.record, table)
+        except OSError as error:
+            raise CommandError(f"--record: cannot write {args.record}: {error.strerror or error}") from error
     return {"archs": archs, "rows": rows, "errors": errors + violations(rows, checks)}
 
 
@@ -92,13 +106,25 @@ def _archs(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, names)))
 
 
-def _shapes(text: str | None) -> list[Workload]:
+def _table(path: Path) -> _compiled.Table:
+    """What ``--record`` adds to, read before anything compiles."""
+    if not path.parent.is_dir():
+        raise CommandError(f"--record: cannot write {path}: its folder does not exist")
+    try:
+        return _compiled.read(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--record: {path} is there and cannot be read: {error}") from error
+
+
+def _shapes(text: str | None, head_dims: list[int] | None) -> list[Workload]:
     known = {workload.name: workload for workload in WORKLOADS}
     names = list(known) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise CommandError(f"--workload: unknown workload {name!r}; accepted: {', '.join(known)}")
-    return [known[name] for name in names]
+    if head_dims is None:
+        return [known[name] for name in names]
+    return [dataclasses.replace(known[n], width=known[n].num_heads * Dh) for n in names for Dh in head_dims]
 
 
 def _stems(wanted: str | None) -> dict[str, ModuleType]:

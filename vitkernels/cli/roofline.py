@@ -92,8 +92,8 @@ def _chip(args: argparse.Namespace) -> Chip:
     shares = (1.0 if args.tflops else chip.attainable[0], 1.0 if args.gbs else chip.attainable[1])
     given = [f"{name} measured" for name, rate in (("TFLOP/s", args.tflops), ("GB/s", args.gbs)) if rate]
     source = ", ".join(given + ([chip.source] if len(given) < 2 else []))
-    rates = {"tflops": args.tflops or chip.tflops, "gbs": args.gbs or chip.gbs}
-    return dataclasses.replace(chip, **rates, source=source, attainable=shares)
+    tflops, gbs = args.tflops or chip.tflops, args.gbs or chip.gbs
+    return dataclasses.replace(chip, tflops=tflops, gbs=gbs, source=source, attainable=shares)
 
 
 def _model(name: str, batch: int, chip: Chip) -> dict[str, Any]:

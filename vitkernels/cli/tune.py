@@ -6,7 +6,7 @@ import importlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def _makers() -> dict[str, Callable[[Shape, int, str, torch.dtype], Iterator[Cas
 def _cases(models: list[str], batches: list[int] | None, arch: str, dtype: torch.dtype) -> list[Case]:
     """Each key once, at the most rows that share it. By stem and kind of case, large ones first: they compile the same code,
     and an interrupted run has measured what matters most. So do the GEMMs of ViT-B/16 at 256 images, before all others."""
+    shapes: list[tuple[Shape, Sequence[int]]]
     if models:
         shapes = [(_shape(name), batches or BATCHES) for name in dict.fromkeys(map(_models.check_name, models))]
     else:

@@ -223,8 +223,8 @@ def forward_constants(
     # any more, spills: 36 bytes at 256 keys of 64 channels.
     splits = min(tiles, triton.cdiv(4 * multiprocessors, max(1, heads)))
     taken = max(triton.cdiv(tiles, splits), 2 if sum(blocks) + width > 304 and not config.online else 1)
-    rest = {"BLOCK_M": config.block_m, "LAST_MASKED": sum(blocks) != M, "ONLINE": config.online, "TILES": taken}
-    return {**parts, **keys, **rest, **options}
+    flags = {"LAST_MASKED": sum(blocks) != M, "ONLINE": config.online}
+    return {**parts, **keys, "BLOCK_M": config.block_m, **flags, "TILES": taken, **options}
 
 
 # Backward.
@@ -271,13 +271,23 @@ def backward_config(
     # One query is no work for a program that has the head alone: on sm_100 it would spill 44 bytes.
     alone = N > 1 and max(N, M) <= 320 and heads >= fills and not biased
     if arch in (90, 100):  # operands in shared memory
+        # Rows of 76 channels are read 8 bytes at a time, from twice the addresses: on sm_90, 32 queries a step spill 36 bytes
+        # in one program and 140 to 156 with a bias, 16 nothing in Triton 3.6 and 3.8.
+        uneven = Dh > 64 and Dh % 8 != 0
         if alone and Dh <= 80:
-            return BackwardConfig(True, 64, 32, 32, 4, 1)
-        if Dh <= 64 and not biased:
-            return BackwardConfig(False, 64, 32, 64, 4, 2)
+            return BackwardConfig(True, 64, 16 if uneven and arch == 90 else 32, 32, 4, 1)
+        if Dh <= 64 and not biased:  # 64 keys a step spill 28 bytes packed, at Dh = 64 on sm_100 in 3.8, 32 nothing
+            return BackwardConfig(False, 64, 32, 32 if packed and arch == 100 and Dh > 48 else 64, 4, 2)
+        # With a bias, at 72 to 80 channels on sm_100, 32 keys a step spill 124 to 148 bytes in 3.8 and none in 3.6, 16 nothing
+        # in both, and with 16 queries a third program fits an SM in 3.8.
+        if biased and arch == 100 and 64 < Dh <= 80:
+            return BackwardConfig(False, 64, 16, 16, 4, 2)
         # Packed, dk and dv of 32 queries a step spill on sm_90: 8 bytes in Triton 3.6 at Dh = 88, 16 to 40 in 3.8 at 88 to
-        # 128, none in 3.9; of 16 in none of the three. On sm_100, 16 would spill more in 3.8 at 88 and 96: 88 to 108, not 72.
-        few_queries = Dh > 80 and (biased or (packed and arch == 90))
+        # 128, none in 3.9; of 16 in none of the three. On sm_100 dq spills, too: 4 warps up to 168 bytes in 3.6 and 3.8, with
+        # 16 queries as with 32, and 8 warps with 32 queries 104 in 3.8 above 96; with 16 nothing in both (8 at Dh = 76 in 3.8).
+        if packed and arch == 100 and Dh <= 128:
+            return BackwardConfig(False, 64, 16, 32, 8, 2)
+        few_queries = (Dh > 80 or uneven) and (biased or packed)
         if Dh <= 128:
             return BackwardConfig(False, 64, 16 if few_queries else 32, 32, 4 if Dh <= 96 else 8, 2)
         return BackwardConfig(False, 64, 16, 16, 8, 1)

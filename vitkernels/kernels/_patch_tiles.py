@@ -153,9 +153,9 @@ def _geometry(images: Tensor, weight: Tensor) -> _Geometry:
     # The stride of a dimension of size 1 means nothing, and 0 is a multiple of everything.
     strides = [0 if size == 1 else stride for size, stride in zip(images.shape, images.stride(), strict=True)]
     channels_last = channels > 1 and strides[1] == 1 and strides[3] == channels
-    outer = (strides[0], 0 if channels_last else strides[1], strides[2])
-    unit = math.gcd(16, *outer)
-    outer = tuple(stride // unit for stride in outer)
+    image, channel, line = strides[0], 0 if channels_last else strides[1], strides[2]
+    unit = math.gcd(16, image, channel, line)
+    outer = image // unit, channel // unit, line // unit
     column = channels if channels_last else strides[3]
     return _Geometry(batch, channels, (p_h, p_w), (height // p_h, width // p_w), channels_last, outer, column, unit)
 

@@ -13,15 +13,25 @@ from torch import Tensor
 
 
 class Shape(Protocol):
-    """The dimensions of a ViT that cases are made of; a workload has them."""
+    """The dimensions of a ViT that cases are made of; a workload has them.
 
-    tokens: int
-    width: int
-    num_heads: int
-    hidden: int
-    act: str  # of the MLP
-    patch: int  # 0: no patch embedding of ours, or no square patches
-    image: int
+    ``act``: of the MLP. ``patch``: 0 where there is no patch embedding of ours, or no square patches.
+    """
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def act(self) -> str: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def image(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -94,14 +94,16 @@ def _problem(direction: str, B: int, N: int, H: int, Dh: int, dtype: torch.dtype
     qkv[:, :, 0] *= 3  # logits of std 3
     dout = torch.randn(B, N, H, Dh, generator=generator, device=device).to(dtype)
     qkv, scale = qkv.to(dtype), Dh**-0.5
+    q, k, v = qkv.unbind(2)
     if direction == "forward":
-        run = lambda: launch_attention_fwd(*qkv.unbind(2), None, None, N, scale, False)[0]  # noqa: E731
+        run = lambda: launch_attention_fwd(q, k, v, None, None, N, scale, False)[0]  # noqa: E731
         return Problem(run, *(partial(_by_images, _forward, precision, qkv) for precision in (dtype, torch.float64)))
     if device.type == "meta":
-        saved = torch.empty_like(dout), *(torch.empty(B, H, N, device=device) for _ in range(2))
+        out, row_max, log_sum = torch.empty_like(dout), *(torch.empty(B, H, N, device=device) for _ in range(2))
     else:
-        saved = launch_attention_fwd(*qkv.unbind(2), None, None, N, scale, False)
-    run = lambda: launch_attention_qkv_bwd(dout, qkv, *saved, None, None, N, scale, False, False)[0]  # noqa: E731
+        out, row_max, log_sum = launch_attention_fwd(q, k, v, None, None, N, scale, False)
+    saved = qkv, out, row_max, log_sum
+    run = lambda: launch_attention_qkv_bwd(dout, *saved, None, None, N, scale, False, False)[0]  # noqa: E731
     return Problem(run, *(partial(_by_images, _backward, precision, qkv, dout) for precision in (dtype, torch.float64)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,8 @@ def cases(shape: Shape, batch: int, arch: str, dtype: torch.dtype) -> Iterator[C
         ("LayerNorm and qkv", "norm", 3 * D, D),
     )
     for name, kind, N, K in gemms:
-        entries = {"cublas": {"plan": "cublas"}, **{_name(c): config_entry(c) for c in candidates(arch, N, K)}}
+        entries: dict[str, dict[str, Any]] = {"cublas": {"plan": "cublas"}}
+        entries |= {_name(c): config_entry(c) for c in candidates(arch, N, K)}
         if kind == "gelu_tanh":
             entries["cublaslt"] = {"plan": "cublaslt"}
         title = f"{name} {N} x {K}, {rows} rows"
@@ -92,16 +94,16 @@ def _problem(kind: str, tanh: bool, rows: int, N: int, K: int, arch: str, dtype:
     if kind in ("act", "gelu_tanh", "norm_act"):
         act = "gelu_tanh" if tanh else "gelu"  # which stands for the other forms
     norm = (1 + draw(K, scale=0.3), draw(K, scale=0.3)) if kind in ("norm", "norm_act") else None
-    folded = () if norm is None else _fold(weight, bias, *norm)
+    folded = None if norm is None else _fold(weight, bias, *norm)
 
     def run() -> Tensor:
-        if norm is not None:
+        if norm is not None and folded is not None:
             return launch_folded_linear_fwd(x, None, None, *norm, _EPS, weight, bias, *folded, act, "inference", arch)
         y, _ = launch_linear_fwd(x, weight, bias, act, None, None, residual, x.dtype, "none", False, "inference", arch)
         return y
 
     def expected(dtype: torch.dtype) -> Tensor:
-        h = x.to(dtype) if norm is None else F.layer_norm(x.to(dtype), (K,), *(t.to(dtype) for t in norm), _EPS)
+        h = x.to(dtype) if norm is None else F.layer_norm(x.to(dtype), (K,), norm[0].to(dtype), norm[1].to(dtype), _EPS)
         y = F.linear(h, weight.to(dtype), bias.to(dtype))
         y = F.gelu(y, approximate="tanh" if tanh else "none") if act else y
         return y if residual is None else residual.to(dtype) + y

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def cases(shape: Shape, batch: int, arch: str, dtype: torch.dtype) -> Iterator[C
         return
     grid = shape.image // shape.patch
     D, K, rows = shape.width, _CHANNELS * shape.patch**2, batch * grid**2
-    entries = {"default": {"plan": "triton"}, "cublas": {"plan": "cublas"}}
+    entries: dict[str, dict[str, Any]] = {"default": {"plan": "triton"}, "cublas": {"plan": "cublas"}}
     entries |= {_name(config): {"plan": "triton", "config": asdict(config)} for config in _CONFIGS}
     for kind in ("fwd", "dweight"):
         for pixel in (dtype, torch.uint8, torch.float32):  # as they are, with their normalisation, autocast's
@@ -69,7 +70,7 @@ def _problem(
 
     def patches(dtype: torch.dtype) -> Tensor:
         x = images
-        if mean is not None:
+        if mean is not None and std is not None:
             wide = torch.promote_types(torch.float32, dtype)
             x = (x.to(wide) / 255 - mean.to(wide).view(-1, 1, 1)) / std.to(wide).view(-1, 1, 1)
         # Float pixels are rounded before they are multiplied, as autocast does: that is no error. Normalised ones are judged.

@@ -13,6 +13,7 @@ Tensor cores multiply tiles of powers of two, and what is padded is wasted: 197 
 a head dim of 72 or 80 is 64 + 16. Only the last key block has masks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -510,16 +511,16 @@ def launch_attention_fwd(
         return out, row_max, log_sum
     q, k, v = (_rows(t) for t in (q, k, v))
     packed = cu_seqlens is not None
-    cu_seqlens = cu_seqlens.contiguous() if packed else None
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     num_keys = k.shape[-3]
-    bias_strides = [0, 0, 0, 0]
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         if max(bias.stride()[-2:], default=0) >= 2**24:  # a tile of it is not within int32 offsets
             bias = bias.contiguous()
         bias_strides = bias.expand(*images, num_heads, num_queries, num_keys).stride()
     key_only = bias_strides[2] == 0 or num_queries == 1
     strides = [s for t in (q, k, v) for s in (0, *t.stride()[:-1])[-3:]]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    unit = math.gcd(8, *strides)
     arch, full_bias, size = architecture(q.device), bias is not None and not key_only, (num_queries, num_keys, head_dim)
     config = forward_config(arch, gpu_of(q, f"sm_{arch}"), q.dtype, *size, bias is not None, full_bias, packed)
     heads = num_heads * (1 if packed else images[0])
@@ -544,7 +545,7 @@ def launch_attention_fwd(
             q, k, v, bias, out, row_max, log_sum, num_queries, num_keys, num_heads, splits, *numbers, **common
         )
         return out, row_max, log_sum
-    num_images = cu_seqlens.numel() - 1 if packed else images[0]
+    num_images = images[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if packed:
         tiles = num_queries // config.block_m + num_images
     _attention_stream_fwd_kernel[(heads * tiles,)](

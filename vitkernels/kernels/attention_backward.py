@@ -27,6 +27,7 @@ makes delta EXACT:
 (8)  delta := delta + sum_keys(ds)             since sum_keys(p) = 1
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -306,10 +307,9 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _row_strides(x: Tensor) -> tuple[int, int, int]:
+def _row_strides(x: Tensor) -> tuple[int, ...]:
     """Of image, row and head; of a packed tensor (total, H, Dh) the image's is 0."""
-    strides = _strides(x)[:-1]
-    return strides if len(strides) == 3 else (0, *strides)
+    return (0, *_strides(x)[:-1])[-3:]
 
 
 def launch_attention_bwd(
@@ -380,17 +380,19 @@ def _launch(
     if q.numel() == 0 or k.numel() == 0:  # no token, or queries without a key
         for t in (dq, dk, dv):
             t.zero_()
-        return torch.zeros_like(bias, memory_format=torch.contiguous_format) if need_dbias else row_max.new_empty(0)
+        if bias is None or not need_dbias:
+            return row_max.new_empty(0)
+        return torch.zeros_like(bias, memory_format=torch.contiguous_format)
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     bias_view = None if bias is None else bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, N or 1, M or 1)
-    bias_strides = (0,) * 4 if bias is None else _strides(bias_view)
+    bias_strides = (0,) * 4 if bias_view is None else _strides(bias_view)
     strides = [_row_strides(t) for t in (dout, q, k, v, out, dq, dk)]
-    unit = 8 if all(stride % 8 == 0 for group in strides for stride in group) else 1
+    unit = math.gcd(8, *(stride for group in strides for stride in group))
     *strides, out_strides, dq_strides, dkv_strides = (tuple(stride // unit for stride in group) for group in strides)
     packed = cu_seqlens is not None
-    cu_seqlens = cu_seqlens.contiguous() if packed else None
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     N, M, H, Dh = q.shape[-3], k.shape[-3], q.shape[-2], q.shape[-1]
-    B = cu_seqlens.numel() - 1 if packed else q.shape[0]
+    B = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     fills = 2 * multiprocessors(q.device)
     arch, biased = architecture(q.device), bias is not None and bias_strides[2] != 0  # a vector of keys is no burden
     heads = 0 if need_dbias else B * H  # one program a head would spill 8 bytes on sm_120, for one launch of three
@@ -444,7 +446,9 @@ def _launch(
     else:
         launch(dq_pass, B * query_blocks, query_blocks)
         launch(dkdv_pass, B * key_blocks, key_blocks, **dkdv_options)
-    return launch_dbias(common, bias, config.block, config.key_step) if need_dbias else q.new_empty(0)
+    if bias is None or not need_dbias:
+        return q.new_empty(0)
+    return launch_dbias(common, bias, config.block, config.key_step)
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:

@@ -93,7 +93,8 @@ def _combine_moments_kernel(
 
 
 def _per_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    return mean, rstd
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

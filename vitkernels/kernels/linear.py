@@ -441,7 +441,8 @@ def _entry(kind: str, x: Tensor, weight: Tensor, plan: str, arch: str) -> dict[s
     """The table's. What was measured with another activation stands for the tanh form where that says nothing."""
     kinds = ("gelu_tanh", "act") if kind == "gelu_tanh" else (kind,)
     gpu = gpu_of(weight, arch)  # x may stand for its shape alone, on meta
-    found = (_tuned.lookup(gpu, "linear", _tuned.gemm_key(kind, x.dtype, *weight.shape, x.shape[0])) for kind in kinds)
+    N, K = weight.shape
+    found = (_tuned.lookup(gpu, "linear", _tuned.gemm_key(kind, x.dtype, N, K, x.shape[0])) for kind in kinds)
     usable = (entry for entry in found if entry is not None and (entry["plan"] != "cublaslt" or plan == "inference"))
     return next(usable, None)
 
@@ -548,6 +549,7 @@ def gemm(
     """
     act, layer_scale, drop_path, rows_per_sample, residual = epilogue
     if y is None:  # z alone is a GEMM with no epilogue but the bias
+        assert z is not None
         y, z, act, layer_scale, drop_path, residual = z, None, None, None, None, None
     weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
     (M, K), N = x.shape, weight.shape[0]

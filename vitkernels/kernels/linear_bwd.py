@@ -172,7 +172,8 @@ def launch_linear_bwd(
             *partials, None, *sums, None, strips, N, BLOCK_P=32, BLOCK_D=32, num_warps=4, enable_fp_fusion=True
         )
     outputs = zip((dz, u, *sums), (dtype, dtype, torch.float32, torch.float32), strict=True)
-    return tuple(empty(0, dtype=kind) if t is None else t for t, kind in outputs)
+    dz, u, dbias, dlayer_scale = (empty(0, dtype=kind) if t is None else t for t, kind in outputs)
+    return dz, u, dbias, dlayer_scale
 
 
 def launch_layer_scale_bwd(
@@ -190,7 +191,7 @@ def launch_layer_scale_bwd(
     block_k = min(max(triton.next_power_of_2(K), 16), 1024)
     tile = {"ROWS": max(2048 // block_k, 2), "BLOCK_K": block_k, "num_warps": 4, "enable_fp_fusion": True}
     wanted = ((need_dweight, weight), (need_dbias, bias), (need_dlayer_scale, layer_scale))
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None for need, t in wanted]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else None for need, t in wanted]
     _layer_scale_bwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
         product.contiguous(),
         weight.contiguous() if need_dlayer_scale else None,
@@ -203,9 +204,10 @@ def launch_layer_scale_bwd(
         **tile,
     )
     kinds = (weight.dtype, weight.dtype if bias is None else bias.dtype, layer_scale.dtype)
-    return tuple(
+    dweight, dbias, dlayer_scale = (
         torch.empty(0, dtype=kind, device=product.device) if t is None else t for t, kind in zip(grads, kinds, strict=True)
     )
+    return dweight, dbias, dlayer_scale
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:

@@ -9,7 +9,7 @@ write, and is not seen. The comparison costs 5 us a block; a compiled graph cann
 ``_load_from_state_dict``, ``train``) is also told by the block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerScale
@@ -59,7 +59,8 @@ def fold(block: nn.Module) -> Copies:
 
 
 def _folded(block: nn.Module) -> FoldedBlock | None:
-    layers, found = _layers(block), {}
+    layers = _layers(block)
+    found: dict[str, Any] = {}
     dtype = _guard.attribute(layers["qkv"], "weight").dtype
     if dtype in (torch.float16, torch.bfloat16):  # in float32 there is no rounding of LN(x) to save, and a mean to lose
         for name, norm in _WITH_NORM:

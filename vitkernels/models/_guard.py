@@ -80,8 +80,8 @@ def tensors(module: nn.Module) -> list[Tensor]:
 def plain(tensors: Iterable[Tensor | None]) -> bool:
     """No subclass that acts on its own terms."""
     for t in tensors:
-        kind = type(t)
-        if kind is nn.Parameter or kind is Tensor or t is None:
+        kind: Any = type(t)
+        if t is None or kind is nn.Parameter or kind is Tensor:
             continue
         if is_traceable_wrapper_subclass(t) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
             return False

@@ -17,7 +17,7 @@ _FUSED = (FusedBlock, FusedPatchEmbed, FusedAttentionPool, FusedNaFlexEmbeds)
 FUSED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {cls.stock: cls for cls in _FUSED}
 
 # timm's forwards as read (1.0.26 to 1.0.31); another signature means another meaning, which is not guessed.
-_KNOWN_SIGNATURES = {
+_KNOWN_SIGNATURES: dict[type[nn.Module], tuple[str, ...]] = {
     FusedBlock: ("self", "x", "attn_mask", "is_causal"),
     FusedAttentionPool: ("self", "x", "attn_mask"),
 }
@@ -77,7 +77,7 @@ def set_inference(model: nn.Module, on: bool) -> None:
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """An error inside gives timm's modules their classes, attributes and buffers back. Until then they stay in memory."""
-    ours = [module for module in model.modules() if isinstance(module, (*_all_classes(), FusedBlocks.stock))]
+    ours: list[nn.Module] = [module for module in model.modules() if isinstance(module, (*_all_classes(), FusedBlocks.stock))]
     before = [(m, type(m), {**vars(m)}, {**m._buffers}, {*m._non_persistent_buffers_set}) for m in ours]
     try:
         yield

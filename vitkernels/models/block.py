@@ -207,7 +207,7 @@ class InnerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         folded = _folded_for_us(self.block)
-        if folded is None:
+        if folded is None or folded.qkv is None:
             return self.block(x)
         statistics = Statistics(*(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2)))
         return self.block.fused(x, folded, statistics, (folded.qkv, self.block.norm1.eps))[0]
@@ -267,7 +267,9 @@ def _attention_state(attn: nn.Module) -> list[str]:
 
 
 def _dropout(path: str, module: nn.Module | None) -> list[str]:
-    return [f"{path} is active"] if type(module) is nn.Dropout and module.training and module.p > 0.0 else []
+    if module is None or type(module) is not nn.Dropout:
+        return []
+    return [f"{path} is active"] if module.training and module.p > 0.0 else []
 
 
 def _draw(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:

@@ -206,7 +206,8 @@ class FusedVisionTransformer(FusedPositions):
         positions, stem = self.pos_embed, self.patch_embed
         if positions is not None and self.dynamic_img_size:
             num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
-            positions = resample_pos_embed(positions, *stem.grid_of(x), *stem.grid_size, num_positioned)
+            (height, width), (old_height, old_width) = stem.grid_of(x), stem.grid_size
+            positions = resample_pos_embed(positions, height, width, old_height, old_width, num_positioned)
         prefix_tokens = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None
         tokens = stem.embed(x, prefix_tokens, positions, not self.no_embed_class)
         return tokens if positions is None else self.pos_drop(tokens)

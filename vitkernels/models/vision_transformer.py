@@ -90,10 +90,10 @@ class VisionTransformer(FusedVisionTransformer):
         if self.fixed_pos_embed:
             self._fix_pos_embed()
 
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
+    def set_input_size(self, img_size=None, patch_size=None) -> None:  # type: ignore[override]  # wraps is no method to mypy
         """timm's; positions are resampled, and fixed ones stay fixed."""
         trains = self.pos_embed is not None and self.pos_embed.requires_grad
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[call-arg]
         if self.pos_embed is not None:
             self.pos_embed.requires_grad_(trains)  # timm < 1.0.29 forgets
 
@@ -124,8 +124,9 @@ class VisionTransformer(FusedVisionTransformer):
         self.head_hidden_size = self.embed_dim
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
-        if "representation_size" in getattr(self, "_model_args", {}):  # what timm would rebuild the model with
-            self._model_args = {name: value for name, value in self._model_args.items() if name != "representation_size"}
+        arguments = getattr(self, "_model_args", {})  # what timm would rebuild the model with
+        if "representation_size" in arguments:
+            self._model_args = {name: value for name, value in arguments.items() if name != "representation_size"}
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """timm's, with ``pre_logits`` before the dropout, as in timm's other heads: (B, N, D) -> (B, classes)."""
@@ -137,7 +138,7 @@ class VisionTransformer(FusedVisionTransformer):
 
 
 # What help() and inspect show: timm's arguments, then ours.
-VisionTransformer.__init__.__signature__ = _INIT.replace(
+vars(VisionTransformer.__init__)["__signature__"] = _INIT.replace(
     parameters=[
         *_INIT.parameters.values(),
         inspect.Parameter("representation_size", inspect.Parameter.KEYWORD_ONLY, default=None),

@@ -49,7 +49,8 @@ def attention_packed(qkv: Tensor, num_heads: int, head_dim: int, attn_mask: Tens
         return dense(q, k, v, None, attn_mask, is_causal).flatten(2)
     else:
         if is_causal:
-            return attention(*qkv.unbind(2), attn_mask, is_causal)
+            q, k, v = qkv.unbind(2)
+            return attention(q, k, v, attn_mask, is_causal)
         return attention_qkv_operator(qkv, bias=attn_mask).flatten(2)
 
 

@@ -280,7 +280,12 @@ def attention_qkv(
     if cu_seqlens is not None or bias is not None:
         q, k, _ = qkv.unbind(-3)
         _check_masks(op, q, k, bias, cu_seqlens)
-    if not _use_kernel(op, qkv, lambda: why_not(*qkv.unbind(-3), bias, cu_seqlens), 3 * MIN_BYTES, cu_seqlens):
+
+    def reasons() -> list[str]:
+        q, k, v = qkv.unbind(-3)
+        return why_not(q, k, v, bias, cu_seqlens)
+
+    if not _use_kernel(op, qkv, reasons, 3 * MIN_BYTES, cu_seqlens):
         return reference.attention_qkv(qkv, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     qkv = _autocast(qkv)
     return _AttentionQKV.apply(qkv, _additive(bias, qkv), cu_seqlens, *_numbers(qkv, max_seqlen, scale))

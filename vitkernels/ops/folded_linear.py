@@ -103,13 +103,11 @@ def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
     return kernels.config(rows, weight, act, plan, arch) is not None
 
 
+@_select.run_by_dynamo  # which reads no files and asks no driver
 def _any_rows(device_index: int, arch: str, dtype: torch.dtype, N: int, K: int, act: str | None) -> bool:
     device, tables = (importlib.import_module(f"vitkernels.kernels.{name}") for name in ("_device", "_tuned"))
     gpu = device.gpu_name(device_index, arch)
     return tables.any_gemm(gpu, "norm" if act is None else "norm_act", dtype, N, K)
-
-
-_any_rows._dynamo_marked_constant = True  # Dynamo reads no files and asks no driver; as _select._architecture
 
 
 def folded_linear(

@@ -206,16 +206,18 @@ def parameter_gradients(
     if layer_scale is None or g.dtype == torch.float16:
         dweight = flat(g).t() @ flat(h) if need_dweight else None
         dlayer_scale = None
-        if need_dlayer_scale:
+        if need_dlayer_scale and layer_scale is not None:
             z = torch.nn.functional.linear(h, weight, None if bias is None else bias.to(h.dtype))
             *_, dlayer_scale = ops.linear_bwd(dy, z, None, None, drop_path, h.dtype, False, False, False, True)
             dlayer_scale = dlayer_scale.to(layer_scale.dtype)
-        return dweight, s.to(bias.dtype) if need_dbias else None, dlayer_scale
+        dbias = s.to(bias.dtype) if need_dbias and bias is not None else None
+        return dweight, dbias, dlayer_scale
     if not any(needs):
         return None, None, None
     product = flat(g).t() @ flat(h) if need_dweight or need_dlayer_scale else weight
-    grads = ops.layer_scale_bwd(product, s.to(torch.promote_types(torch.float32, s.dtype)), weight, bias, layer_scale, *needs)
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    s = s.to(torch.promote_types(torch.float32, s.dtype))
+    dweight, dbias, dlayer_scale = ops.layer_scale_bwd(product, s, weight, bias, layer_scale, *needs)
+    return dweight if need_dweight else None, dbias if need_dbias else None, dlayer_scale if need_dlayer_scale else None
 
 
 class _Linear(torch.autograd.Function):
@@ -421,10 +423,8 @@ def gemm_plan(inference: bool = False) -> str:
     return _select.choose_plan(PLANS, lambda: "inference" if inference else "auto")
 
 
+@_select.run_by_dynamo
 def allows_tf32() -> bool:
     """May a matrix product of float32 tensors run in TF32?"""
     # Not allow_tf32: reading that raises once a program has used the newer setting.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-allows_tf32._dynamo_marked_constant = True  # Dynamo cannot trace the getter; as _select._architecture

@@ -101,7 +101,7 @@ class _Mlp(torch.autograd.Function):
         need_dx, need_dnw, need_dnb, need_dw1, need_db1, need_dw2, need_db2, need_dls, _, need_dowed = ctx.needs_input_grad[:10]
         need_dh = need_dx or need_dnw or need_dnb or need_dowed
         need_u = need_dw2 or need_dls
-        h = None
+        h: Any = None
         if need_dw1 or z is None:
             h, _, _ = ops.layer_norm_fwd(x, norm_weight, norm_bias, eps, dtype, owed)
         if z is None:  # the bits of the forward's z: the same kernel in the same configuration
@@ -126,8 +126,8 @@ class _Mlp(torch.autograd.Function):
                 matmul(dz, fc1_weight), dy, x, None, norm_weight, norm_bias, None, mean, rstd, x.dtype, x.dtype,
                 need_dnw, need_dnb, owed,
             )  # fmt: skip
-        if need_dowed:
-            dowed = incoming(dx, fc1_weight, None, None, True, False)[1].to(owed.dtype)
+            if need_dowed:
+                dowed = incoming(dx, fc1_weight, None, None, True, False)[1].to(owed.dtype)
         return (
             dx if need_dx else None,
             dnw if need_dnw else None,

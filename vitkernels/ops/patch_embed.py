@@ -260,13 +260,11 @@ def patch_embed(
     return _PatchEmbed.apply(images, weight.to(dtype), bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std, *settings)
 
 
+@_select.run_by_dynamo
 def _allows_tf32() -> bool:
     # The convolution's switch, since that is what this replaces. Not allow_tf32: reading that raises once a program has used
     # the newer setting.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-_allows_tf32._dynamo_marked_constant = True  # Dynamo cannot trace the getter; as _select._architecture
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # made when torch loads
 
 
 def _check_prefix_and_positions(

@@ -140,7 +140,7 @@ def _launch(
         return
     if table.is_cuda:
         index = table.get_device()
-        where = (index, torch._C._cuda_getCurrentRawStream(index))
+        where: tuple[int, ...] = (index, torch._C._cuda_getCurrentRawStream(index))
         function += "_cuda"
     else:
         where = (torch.get_num_threads(),)
@@ -200,14 +200,12 @@ def _why_not_traced(*sizes: Any) -> list[str]:
     return ["torch.jit.trace records these sizes as functions of the input, and the kernel's operator takes integers"]
 
 
+@_select.run_by_dynamo
 def _driver_reasons() -> list[str]:
     runtime, driver = _env.EXTENSION.cuda_versions()
     if driver is None or driver // 1000 < runtime // 1000:
         return [f"the driver supports CUDA {driver}, the extension vitkernels._C was built with {runtime}"]
     return []
-
-
-_driver_reasons._dynamo_marked_constant = True  # as _select._architecture
 
 
 # 3. Autograd. Each operator's derivative is the other, so derivatives of any order are theirs.
@@ -342,7 +340,8 @@ def _dispatch(op: str, posemb: Tensor, sizes: Sequence[tuple[int, int]], old_siz
 
     if not _select.use_kernel(op, posemb, reasons, has_cpu_kernel=not _records_a_program()):
         # timm computes in float32 whatever the dtype; the reference keeps float64 for being the oracle.
-        return reference.copies(posemb, sizes, old_size, num_prefix_tokens, *options, torch.float32)
+        settings: tuple[Any, ...] = (*options, torch.float32)
+        return reference.copies(posemb, list(sizes), old_size, num_prefix_tokens, *settings)
     problem = (list(old_size), flat, num_prefix_tokens, *options)
     if torch.is_grad_enabled() and posemb.requires_grad:
         return _Resample.apply(posemb, *problem)

@@ -51,7 +51,7 @@ def scriptable_patch_embed(
     """``patch_embed`` for TorchScript, which compiles no function with keyword-only arguments; float images as they are."""
     if images.dtype == torch.uint8:
         if mean is None or std is None:
-            raise ValueError("uint8 images need mean and std")
+            raise ValueError("patch_embed: uint8 images need mean and std")
         images = normalise(images, mean, std).to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)
     if pos_embed is not None and not pos_embed_prefix:
