@@ -84,18 +84,23 @@ class Cublas:
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
         """The four ways in which vitkernels asks PyTorch for a product of matrices."""
+        from vitkernels.models import block
+
         places = (
             (torch.nn.functional, "linear", self.linear),
             (torch, "addmm", self.addmm),
             (torch, "_addmm_activation", self.addmm),
             (torch.Tensor, "__matmul__", lambda a, b: self.matmul(a, b)),  # binds as a method does
         )
+        shipped = block._SHIPPED  # blocks run timm's forward where a function of PyTorch was replaced, but for this purpose
         before = [(place, name, getattr(place, name)) for place, name, _ in places]
         for place, name, stand_in in places:
             setattr(place, name, stand_in)
+        block._SHIPPED = tuple((owner, name, getattr(owner, name)) for owner, name, _ in shipped)
         try:
             yield
         finally:
+            block._SHIPPED = shipped
             for place, name, function in before:
                 setattr(place, name, function)
 

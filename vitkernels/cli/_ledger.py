@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .. import _env, _select
-from ..models import copies_of
 from ._chips import Chip
 
 _OVERWRITES = ("copy_", "fill_", "zero_")  # in-place operators that do not read what they write
@@ -255,6 +254,8 @@ def count(
         train: also run backward, to the parameters and to those inputs that require a gradient; else without gradients.
         autocast: cast as CUDA autocast to bfloat16 would.
     """
+    from ..models import copies_of  # imports timm
+
     ledger = _Ledger(chip)
     held = (*module.parameters(), *module.buffers(), *copies_of(module).values())
     parameters = {ledger.storage(t) for t in held}

@@ -62,11 +62,16 @@ def known(path: Path) -> dict[str, Any]:
     table = _tuned.read(path)
     if os.path.exists(path) and not table:  # Path.exists raises where the folder cannot be searched
         raise CommandError(f"{path} exists and is no table of format {_tuned.FORMAT}: move it away")
+    missing = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
     try:  # as it will be written: a new table takes the old one's place
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error} (--output FILE.json is another place)") from error
+    finally:  # where nothing is decided, nothing is left
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
     return table
 
 

@@ -58,10 +58,6 @@ class FusedPatchEmbed(PatchEmbed):
             if self.img_size[0] % patch_h or self.img_size[1] % patch_w:
                 # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
                 x = x[..., : self.img_size[0] // patch_h * patch_h, : self.img_size[1] // patch_w * patch_w]
-        else:
-            patch_h, patch_w = self.patch_size
-            _assert(height % patch_h == 0, f"Input height ({height}) should be divisible by patch size ({patch_h}).")
-            _assert(width % patch_w == 0, f"Input width ({width}) should be divisible by patch size ({patch_w}).")
         statistics, proj = _guard.attribute(self, _STATISTICS), self.proj
         return patch_embed(x, proj.weight, proj.bias, statistics, prefix_tokens, pos_embed, pos_embed_prefix)
 
