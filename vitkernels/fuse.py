@@ -102,7 +102,12 @@ def fuse(
 
     Parameters, state dict, outputs and gradients stay the same. Each call decides anew: while a block has a part that
     vitkernels does not know (RMSNorm, a LoRA layer), hooks on its children or active dropout, it runs timm's forward, and
-    ``explain`` says why. Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model.
+    ``explain`` says why. So it does while somebody has replaced the forward of one of timm's or PyTorch's classes in it, or a
+    function that these call (``torch.nn.functional.scaled_dot_product_attention``, ``linear``, ``layer_norm``, ``gelu``,
+    ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model.
+
+    On a CPU, what ``torch.export`` and ``torch.jit`` make of the model holds PyTorch's operators alone, and loads where
+    vitkernels is not installed.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
@@ -112,12 +117,12 @@ def fuse(
             are bitwise the same; a block saves 6 units instead of 10 (one unit is its input) and costs 11% more FLOPs in
             training. The switch is an attribute of each block, not in the state dict; the last ``fuse`` or ``unfuse`` counts.
         inference: take the parameters as frozen, and give each block copies of its weights with LayerNorm (in float16 and
-            bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. The copies are buffers that
-            no state dict has; the parameters stay as they are. In an ``nn.Sequential`` each block also tells the next its
-            output's row statistics, unless one of the two has hooks. On a CPU under ``auto`` nothing uses the copies: blocks
-            run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
+            bfloat16) and LayerScale multiplied in. Calls without gradients and autocast use them. No state dict and no list of
+            buffers has the copies, and the parameters stay as they are. Threads may share the model. In an ``nn.Sequential``
+            each block also tells the next its output's row statistics, unless one of the two has hooks. On a CPU under ``auto``
+            nothing uses the copies: blocks run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
-            them, and nobody sees writes through ``parameter.data``.
+            them (one of ``torch.fx`` does: it runs on the parameters), and nobody sees writes through ``parameter.data``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
             In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, lose
             accuracy.
