@@ -41,8 +41,9 @@ def fused_nodes(graph: torch.fx.Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training):
-    stock, fused = stock_and_fused(init_values=0.1)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training, dynamic):
+    stock, fused = stock_and_fused(init_values=0.1, dynamic_img_size=dynamic)
     stock.train(training), fused.train(training)
     x = images()
     scripted = torch.jit.script(fused)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Optional  # noqa: F401  Optional: a name in 
 
 import torch
 import torch.fx
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
 from timm.layers.patch_embed import F, Format, _assert, nchw_to  # noqa: F401  names in timm's source, for TorchScript
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import checkpoint_seq  # noqa: F401  as above
