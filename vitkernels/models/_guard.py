@@ -57,6 +57,11 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
     return reasons
 
 
+def example(module: nn.Module, x: Any) -> Any:
+    """``x``, whose device says where ``module`` runs; for the proxy that ``torch.fx`` traces with, one of the parameters."""
+    return x if isinstance(x, Tensor) else next(module.parameters(), x)
+
+
 def attribute(module: nn.Module, name: str) -> Any:
     """``module.name`` for a tensor or None, found where ``nn.Module`` looks for it.
 

@@ -24,12 +24,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..ops import _availability
-from ..ops._leaves import attention, attention_packed, linear, mlp, ones, projected_mlp
+from ..ops._leaves import attention, attention_packed, linear, ones, projected_mlp, residual_mlp
 from ..ops.folded_linear import Folded, Statistics, folded_linear
 from ..ops.mlp import folded_mlp
 from . import _fold, _guard
 
-for _leaf in ("attention", "attention_packed", "linear", "mlp", "ones", "projected_mlp"):
+for _leaf in ("attention", "attention_packed", "linear", "ones", "projected_mlp", "residual_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -84,7 +84,7 @@ class FusedBlock(Block):
     def forward(self, x, attn_mask=None, is_causal=False):
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
-        if (_availability.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
+        if (_availability.leaves_to_pytorch(_guard.example(self, x)) and not self.recompute_mlp) or self.why_not():
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
         folded = _fold.current(self) if self.inference and isinstance(x, Tensor) else None
@@ -132,7 +132,7 @@ class FusedBlock(Block):
         if undropped and gamma is None and fc2_gamma is None:
             return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
         x = linear(heads, weight, bias, gamma, x, None, dropped)
-        return mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
+        return residual_mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
 
     def train(self, mode=True):
         if mode and self.inference:

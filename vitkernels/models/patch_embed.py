@@ -18,6 +18,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import checkpoint_seq  # noqa: F401  as above
 from torch import Tensor, nn
 
+from ..ops import _availability
 from ..ops._leaves import float_pixels, patch_embed, resample_pos_embed
 from . import _guard
 from ._positions import FusedPositions
@@ -40,7 +41,9 @@ class FusedPatchEmbed(PatchEmbed):
     def forward(self, x):
         if type(x) is _Images:
             return _Embedded(x.model.embed(x.pixels))
-        if self.why_not():
+        # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
+        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
+        if traced or self.why_not():
             statistics = _guard.attribute(self, _STATISTICS)
             return super().forward(x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj)))
         tokens = self.embed(x, None, None, True)
@@ -60,8 +63,10 @@ class FusedPatchEmbed(PatchEmbed):
                 x = x[..., : self.img_size[0] // patch_h * patch_h, : self.img_size[1] // patch_w * patch_w]
         else:
             patch_h, patch_w = self.patch_size
-            _assert(height % patch_h == 0, f"Input height ({height}) should be divisible by patch size ({patch_h}).")
-            _assert(width % patch_w == 0, f"Input width ({width}) should be divisible by patch size ({patch_w}).")
+            for side, size, patch in (("height", height, patch_h), ("width", width, patch_w)):
+                # Dynamo makes a constant of a size that it formats, and then no program takes all sizes.
+                given = "" if torch.compiler.is_compiling() else f" ({size})"
+                _assert(size % patch == 0, f"Input {side}{given} should be divisible by patch size ({patch}).")
         statistics, proj = _guard.attribute(self, _STATISTICS), self.proj
         return patch_embed(x, proj.weight, proj.bias, statistics, prefix_tokens, pos_embed, pos_embed_prefix)
 
@@ -156,13 +161,8 @@ class FusedVisionTransformer(FusedPositions):
         return x.tokens if type(x) is _Embedded else super()._pos_embed(x)
 
     def _to_merge(self, x):
-        if self.why_not_merged():
-            return x
-        if isinstance(x, torch.fx.Proxy) and x.tracer.is_leaf_module(
-            self.patch_embed, x.tracer.path_of_module(self.patch_embed)
-        ):
-            return x
-        return _Images(x, self)
+        # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for.
+        return x if isinstance(x, torch.fx.Proxy) or self.why_not_merged() else _Images(x, self)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call would add prefix tokens and positions in timm's own steps; empty when one operator does."""

@@ -5,6 +5,9 @@ timm's can. Of each, TorchScript compiles the first branch alone: the reference'
 what timm computes, and which a saved script runs where there is no vitkernels.
 
 ``torch.fx.wrap`` looks names up in the file that calls them, so each file that calls a leaf wraps it there.
+
+No leaf has the name of a block's child. Feature extractors name a node by the path of the module and the name of the function:
+a leaf ``mlp`` would pass for the output of ``blocks.0.mlp``.
 """
 
 import torch
@@ -79,7 +82,7 @@ def projected_mlp(
         return projected_mlp_operator(heads, x, weight, bias, parameters, eps, act, recompute)
 
 
-def mlp(
+def residual_mlp(
     x: Tensor,
     parameters: Parameters,
     eps: float,
