@@ -327,8 +327,10 @@ def per_sample_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
 
 
-def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients():
+@pytest.mark.parametrize("recompute", [None, "mlp"])
+def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients(recompute):
     stock, fused = stock_and_fused(init_values=0.1)
+    vitkernels.fuse(fused, recompute=recompute)
     x = images(3)
     got, ran = counted(per_sample_gradients, fused, x)
     assert ran == 2

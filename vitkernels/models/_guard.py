@@ -32,7 +32,7 @@ def global_hooks() -> list[str]:
         return ["a global module hook is registered"]
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl and not _is_transparent(nn.Module.__call__):
         return ["nn.Module.__call__ was replaced"]
-    return []
+    return patched(_SHIPPED_CALLS)
 
 
 def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
@@ -53,7 +53,7 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         elif not plain(
             tensors(child) if "weight" in state or "bias" in state or "gamma" in state else state["_parameters"].values()
         ):
-            reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
+            reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass or no tensor")
     return reasons
 
 
@@ -83,12 +83,16 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """No subclass that acts on its own terms."""
+    """No subclass that acts on its own terms, and no number in the place of a tensor."""
     for t in tensors:
         kind = type(t)
         if kind is nn.Parameter or kind is Tensor or t is None:
             continue
-        if is_traceable_wrapper_subclass(t) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
+        if (
+            not isinstance(t, Tensor)
+            or is_traceable_wrapper_subclass(t)
+            or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS
+        ):
             return False
     return True
 
@@ -154,3 +158,6 @@ def _is_transparent(function: Any) -> bool:
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
+
+
+_SHIPPED_CALLS = shipped((nn.Module, "_wrapped_call_impl"), (nn.Module, "_call_impl"))  # what nn.Module.__call__ goes through

@@ -25,7 +25,7 @@ from .attention import attention as attention_operator
 from .attention import attention_qkv as attention_qkv_operator
 from .linear import linear as linear_operator
 from .mlp import projected_mlp as projected_mlp_operator
-from .patch_embed import convolves
+from .patch_embed import convolves, positions_fit
 
 
 def linear(
@@ -117,7 +117,8 @@ def patch_embed(
     if torch.jit.is_scripting():
         return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
     else:
-        if not convolves(images, weight):  # the convolution says so, as in timm
+        # PyTorch's operators say what is wrong, as in timm, or broadcast.
+        if not convolves(images, weight) or not positions_fit(images, weight, prefix_tokens, pos_embed, pos_embed_prefix):
             return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
         return patch_embed_operator(
             images,
