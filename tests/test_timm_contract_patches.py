@@ -1,6 +1,5 @@
 """Patched forwards take effect, random numbers are timm's, and explain says what runs: the rest of the per-call guard."""
 
-import copy
 import json
 import os
 import subprocess
@@ -159,15 +158,6 @@ def test_a_replaced_method_is_called_with_the_arguments_that_were_given(name, in
     x = images()
     with torch.no_grad():
         assert_same(call(fused, x), call(stock, x))
-
-
-def test_a_block_class_whose_forward_takes_other_arguments_is_fused_and_says_why_it_runs_that(monkeypatch):
-    stock = build()
-    monkeypatch.setattr(Block, "forward", _plain_block)
-    fused = vitkernels.fuse(copy.deepcopy(stock))
-    assert reasons(fused) == ("Block.forward was replaced",)
-    x = images()
-    assert_same(fused(x), stock(x))
 
 
 def test_what_a_stock_method_does_not_take_is_refused():

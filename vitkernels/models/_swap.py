@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from . import _fold, _guard
+from . import _fold
 from .attention_pool import FusedAttentionPool
 from .block import FusedBlock, FusedBlocks
 from .naflexvit import FusedNaFlexEmbeds
@@ -24,11 +24,10 @@ _KNOWN_SIGNATURES = {
 
 
 def fuse_classes(model: nn.Module) -> None:
-    """Give modules of an exact timm class the fused one; ``RuntimeError`` if a forward of timm's own is not as known."""
+    """Give modules of an exact timm class the fused one; ``RuntimeError`` if a forward of timm's is not as known."""
     for cls, known in _KNOWN_SIGNATURES.items():
         signature = tuple(inspect.signature(cls.stock.forward).parameters)
-        ((_, _, own),) = _guard.shipped((cls.stock, "forward"))
-        if own is not None and signature != known:  # one that somebody has put there is called as it is
+        if signature != known:
             raise RuntimeError(f"this timm's {cls.stock.__name__}.forward takes {signature}, vitkernels knows {known}")
     _swap(model, _all_classes())
 
