@@ -265,6 +265,26 @@ def test_float16_keeps_layer_scale_apart_which_would_underflow():
 
 
 @on_a_cpu
+def test_layer_scale_of_another_dtype_stays_apart():
+    """timm's stream takes the dtype of the promotion."""
+    stock = timm.create_model("vit_tiny_patch16_224", init_values=0.1, **SMALL).eval().blocks[0].bfloat16()
+    for layer in (stock.norm1, stock.norm2, stock.ls1, stock.ls2):
+        layer.float()
+    fused = vk.fuse(copy.deepcopy(stock), inference=True)
+    x = torch.randn(2, 5, stock.norm1.weight.numel(), dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = stock(x), fused(x)
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_no_blocks_in_a_row_give_back_what_they_get():
+    _, model = folded()
+    model.blocks = model.blocks[:0]
+    x = torch.randn(2, 5, 8)
+    assert model.blocks(x) is x
+
+
 def test_the_last_fuse_counts():
     _, model = folded(init_values=0.1)
     assert copies_of(model)

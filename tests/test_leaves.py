@@ -19,7 +19,7 @@ from vitkernels.ops import _leaves
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore::torch.jit.TracerWarning")
 
 STEM, BLOCK = {"patch_embed"}, {"linear", "attention_packed", "projected_mlp"}
-APART = {"linear", "attention_packed", "mlp"}  # LayerScale or drop path between the two linear layers of a half
+APART = {"linear", "attention_packed", "residual_mlp"}  # LayerScale or drop path between the two linear layers of a half
 
 # Name -> arguments of the model, arguments of fuse, leaves of the graph.
 CASES = {

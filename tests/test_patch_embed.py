@@ -538,3 +538,14 @@ MEAN = torch.zeros(3)
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_autocast_casts_a_bias_of_another_dtype():
+    """As PyTorch's convolution: timm runs a bfloat16 model that kept its biases in float32."""
+    images, weight, bias = torch.randn(1, 3, 4, 4), torch.randn(8, 3, 2, 2).bfloat16(), torch.randn(8)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        expected = torch.nn.functional.conv2d(images, weight, bias, stride=2).flatten(2).mT
+        got = vk.ops.patch_embed(images, weight, bias)
+        with pytest.raises(TypeError, match="bias must be of dtype"):
+            vk.ops.patch_embed(images, weight, bias.double())
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)

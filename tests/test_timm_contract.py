@@ -99,7 +99,7 @@ def fused_calls() -> Iterator["Calls"]:
     """Counts calls from fused blocks: ``.mlp``, one per fused forward (none while drop path drops), and ``.linear``."""
     module = vitkernels.models.block
     calls = Calls()
-    mlp, linear, projected_mlp = module.mlp, module.linear, module.projected_mlp
+    mlp, linear, projected_mlp = module.residual_mlp, module.linear, module.projected_mlp
 
     def counting_mlp(*args, **kwargs):
         calls.mlp += 1
@@ -115,7 +115,7 @@ def fused_calls() -> Iterator["Calls"]:
         return projected_mlp(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "mlp", counting_mlp)
+        patch.setattr(module, "residual_mlp", counting_mlp)
         patch.setattr(module, "linear", counting_linear)
         patch.setattr(module, "projected_mlp", counting_both)
         yield calls

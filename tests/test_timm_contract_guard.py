@@ -463,3 +463,19 @@ def test_heads_of_another_number_set_by_hand_take_effect():
         model.blocks[1].attn.num_heads, model.blocks[1].attn.head_dim = 4, 16
 
     assert_modified_alike(modify, blocks=2)
+
+
+def test_a_number_in_the_place_of_layer_scale_takes_effect():
+    def modify(model):
+        del model.blocks[1].ls1.gamma
+        model.blocks[1].ls1.gamma = 0.7
+
+    assert_modified_alike(modify, init_values=0.1)
+
+
+def test_an_attention_width_set_by_hand_is_refused_as_in_timm():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        model.blocks[1].attn.attn_dim = 32
+        with pytest.raises(RuntimeError, match="invalid for input"):
+            model(images())

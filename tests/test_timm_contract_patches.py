@@ -22,8 +22,8 @@ from test_timm_contract import (
     stock_and_fused,
 )
 from test_timm_contract_guard import CHILDREN, FULL, NEVER_CALLED
-from timm.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
-from timm.models.vision_transformer import Block
+from timm.layers import GELU, Attention, AttentionPoolLatent, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 import vitkernels
@@ -93,7 +93,82 @@ def test_class_wide_patch_taken_back_leaves_the_model_fused(monkeypatch):
     assert_runs_fused(fused, stock, images())
 
 
-FUNCTIONS = ["linear", "layer_norm", "scaled_dot_product_attention", "gelu", "conv2d"]
+# Methods that were replaced for all models by ones with other arguments.
+
+
+def _plain_block(self, x):
+    return x + self.mlp(self.norm2(x + self.attn(self.norm1(x))))
+
+
+def _block_that_returns_a_pair(self, x, return_attention=False):
+    return (_plain_block(self, x), x) if return_attention else _plain_block(self, x)
+
+
+def _features(self, x, masks=None):
+    x = self.norm(self.blocks(self._pos_embed(self.patch_embed(x))))
+    return x if masks is None else x * masks
+
+
+_OF_A_PATCH_EMBED, _OF_A_POOL = PatchEmbed.forward, AttentionPoolLatent.forward
+_SET_INPUT_SIZE = VisionTransformer.set_input_size
+WITH_OTHER_ARGUMENTS = {
+    "block": (Block, "forward", _plain_block, lambda model, x: model(x)),
+    "block, one more": (
+        Block,
+        "forward",
+        _block_that_returns_a_pair,
+        lambda model, x: model.blocks[0](x[:, 0], return_attention=True)[0],
+    ),
+    "features": (VisionTransformer, "forward_features", _features, lambda model, x: model.forward_features(x)),
+    "features, one more": (
+        VisionTransformer,
+        "forward_features",
+        _features,
+        lambda model, x: model.forward_features(x, masks=3.0),
+    ),
+    "positions": (
+        VisionTransformer,
+        "_pos_embed",
+        lambda self, x, scale: x * scale,
+        lambda model, x: model._pos_embed(model.patch_embed(x), 3.0),
+    ),
+    "patch embedding": (
+        PatchEmbed,
+        "forward",
+        lambda self, x, mask=2.0: _OF_A_PATCH_EMBED(self, x) * mask,
+        lambda model, x: model.patch_embed(x, mask=3.0),
+    ),
+    "attention pooling": (AttentionPoolLatent, "forward", lambda self, x: 2 * _OF_A_POOL(self, x), lambda model, x: model(x)),
+    "input size": (
+        VisionTransformer,
+        "set_input_size",
+        lambda self, size, verbose: _SET_INPUT_SIZE(self, size),
+        lambda model, x: (model.set_input_size((64, 128), verbose=False), model(torch.cat([x, x], 3)))[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", WITH_OTHER_ARGUMENTS)
+def test_a_replaced_method_is_called_with_the_arguments_that_were_given(name, inference, monkeypatch):
+    owner, method, replacement, call = WITH_OTHER_ARGUMENTS[name]
+    stock, fused = stock_and_fused(**({"class_token": False, "global_pool": "map"} if "pool" in name else {}))
+    vitkernels.fuse(fused, inference=inference)
+    monkeypatch.setattr(owner, method, replacement)
+    x = images()
+    with torch.no_grad():
+        assert_same(call(fused, x), call(stock, x))
+
+
+def test_what_a_stock_method_does_not_take_is_refused():
+    _, fused = stock_and_fused(dynamic_img_size=True)
+    x = images()
+    for call in (fused.blocks[0], fused.patch_embed, fused.forward_features, fused._pos_embed):
+        with pytest.raises(TypeError):
+            call(x, foo=1)
+
+
+FUNCTIONS = ["linear", "layer_norm", "scaled_dot_product_attention", "gelu", "conv2d", "dropout"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -107,6 +182,32 @@ def test_a_replaced_function_of_torch_takes_effect(name, monkeypatch):
     expected = stock(x)
     assert not torch.equal(expected, before)
     assert_same(fused(x), expected)
+
+
+def test_a_replaced_interpolation_takes_effect_on_positions(monkeypatch):
+    """As users do whose ONNX exporter has no antialiasing."""
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    x, original = images(2, (96, 64)), F.interpolate
+    before = stock(x)
+    monkeypatch.setattr(F, "interpolate", lambda *args, **kwargs: original(*args, **{**kwargs, "antialias": False}))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert torch.equal(fused(x), expected)
+
+
+@pytest.mark.parametrize("name", ["_call_impl", "_wrapped_call_impl"])
+def test_a_replaced_call_of_modules_takes_effect(name, monkeypatch):
+    stock, fused = stock_and_fused()
+    original, called = getattr(nn.Module, name), []
+    monkeypatch.setattr(nn.Module, name, lambda self, *args, **kw: (called.append(type(self)), original(self, *args, **kw))[1])
+    if name == "_wrapped_call_impl":
+        monkeypatch.setattr(nn.Module, "__call__", nn.Module._wrapped_call_impl)
+    found = []
+    for model in (stock, fused):
+        called.clear()
+        model(images())
+        found.append(len(called))
+    assert found[1] == found[0] > 20
 
 
 # What was patched before vitkernels was first used. The models are imported anew for each, in a process of their own.

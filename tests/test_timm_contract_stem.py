@@ -373,3 +373,65 @@ def test_images_that_are_none_are_refused(wrong):
     for model in (stock, fused):
         with pytest.raises((RuntimeError, ValueError)):
             model(x)
+
+
+class _First(nn.Module):
+    def forward(self, table):
+        return table[:, :1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_parametrized_positions_take_effect(dynamic):
+    """They are a property of the model's class then, not of the model."""
+    stock, fused = stock_and_fused(dynamic_img_size=dynamic)
+    for model in (stock, fused):
+        torch.nn.utils.parametrize.register_parametrization(
+            model, "pos_embed", nn.Softplus() if dynamic else _First(), unsafe=True
+        )
+    x = images()
+    assert_same(fused(x), stock(x))
+    assert_same(fused._pos_embed(fused.patch_embed(x)), stock._pos_embed(stock.patch_embed(x)))
+
+
+def test_positions_of_one_channel_take_effect_with_dynamic_sizes():
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    for model in (stock, fused):
+        model.pos_embed = nn.Parameter(torch.linspace(0, 1, 17).view(1, 17, 1))
+    x = images()
+    assert_same(fused(x), stock(x))
+
+
+def test_a_number_in_the_place_of_positions_takes_effect():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        del model.pos_embed
+        model.pos_embed = 0.5
+    x = images()
+    assert_same(fused(x), stock(x))
+
+
+def test_an_image_of_another_size_is_broadcast_or_refused_as_in_timm():
+    stock, fused = stock_and_fused(no_embed_class=True)
+    for model in (stock, fused):
+        model.patch_embed.strict_img_size = False
+        with pytest.raises(RuntimeError, match="must match the size"):
+            model(images(2, 96))
+    x = images(2, 16)
+    assert_same(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("change", ["padding", "_conv_forward"])
+def test_a_convolution_changed_by_hand_takes_effect(change):
+    """As users do who want an image to wrap around."""
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    x = images()
+    before = stock(x)
+    for model in (stock, fused):
+        proj = model.patch_embed.proj
+        if change == "padding":
+            proj.padding_mode, proj._reversed_padding_repeated_twice = "circular", [16, 0, 16, 0]
+        else:
+            original = proj._conv_forward
+            proj._conv_forward = lambda *args, original=original: 2 * original(*args)
+    assert not torch.equal(stock(x), before)
+    assert_same(fused(x), stock(x))

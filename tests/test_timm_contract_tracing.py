@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.export import Dim
 
 import vitkernels
+from vitkernels.ops import _availability
+
+LEAVES_TO_PYTORCH = _availability.leaves_to_pytorch
 
 # torch deprecates TorchScript, and vmaps scaled_dot_product_attention image by image on a CPU.
 pytestmark = pytest.mark.filterwarnings(
@@ -41,8 +44,9 @@ def fused_nodes(graph: torch.fx.Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training):
-    stock, fused = stock_and_fused(init_values=0.1)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_jit_script_is_bitwise_timms_and_leaves_the_live_model_fused(training, dynamic):
+    stock, fused = stock_and_fused(init_values=0.1, dynamic_img_size=dynamic)
     stock.train(training), fused.train(training)
     x = images()
     scripted = torch.jit.script(fused)
@@ -92,7 +96,7 @@ def test_symbolic_trace_keeps_operators_as_leaves_and_results():
     stock, fused = stock_and_fused(init_values=0.1)
     traced = torch.fx.symbolic_trace(fused)
     names = fused_nodes(traced.graph)
-    assert names.count("mlp") == 2
+    assert names.count("residual_mlp") == 2
     assert names.count("patch_embed") == 1
     x = images()
     assert_same(traced(x), stock(x))
@@ -117,6 +121,33 @@ def test_timms_feature_extractor_is_bitwise_equal_from_call_to_call():
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_same(first["block0"], stock.blocks[0](stock._pos_embed(stock.patch_embed(x))))
     assert_same(first["norm"], stock.forward_features(x))
+
+
+@pytest.mark.parametrize("arguments", [{"init_values": 0.1}, {}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("node", ["patch_embed", "blocks.0.mlp", "blocks.0.attn", "blocks.1.norm1"])
+def test_a_feature_extractor_gives_timms_numbers_or_does_not_know_the_node(node, arguments):
+    stock, fused = stock_and_fused(**arguments)
+    x = images()
+    expected = create_feature_extractor(stock, {node: "node"})(x)
+    known = any(name == node or name.startswith(f"{node}.") for name in get_graph_node_names(fused)[1])
+    assert known or node != "patch_embed"
+    if known:
+        assert_same(create_feature_extractor(fused, {node: "node"})(x), expected)
+    else:
+        with pytest.raises(ValueError, match="is not present in model"):
+            create_feature_extractor(fused, {node: "node"})
+
+
+@pytest.mark.parametrize("options", [{}, {"inference": True}, {"input": "uint8"}])
+def test_where_no_kernel_can_run_a_graph_of_torch_fx_has_timms_nodes(options, monkeypatch):
+    """Quantisation and feature extractors find every layer, and the graph loads where vitkernels is not installed."""
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)  # the suite replaces it
+    stock, fused = stock_and_fused(init_values=0.1)
+    vitkernels.fuse(fused, **options)
+    x, nodes = images(), ["patch_embed", "blocks.0.mlp", "blocks.0.attn", "blocks.1.norm1", "blocks.1.mlp.act"]
+    extractor = create_feature_extractor(fused, nodes)
+    assert_same(extractor(x), create_feature_extractor(stock, nodes)(x))
+    assert fused_nodes(extractor.graph) == (["float_pixels"] if "input" in options else [])
 
 
 def test_timms_graph_features_net_is_bitwise_equal_from_call_to_call():
@@ -296,8 +327,10 @@ def per_sample_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
 
 
-def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients():
+@pytest.mark.parametrize("recompute", [None, "mlp"])
+def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients(recompute):
     stock, fused = stock_and_fused(init_values=0.1)
+    vitkernels.fuse(fused, recompute=recompute)
     x = images(3)
     got, ran = counted(per_sample_gradients, fused, x)
     assert ran == 2

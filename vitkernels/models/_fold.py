@@ -68,8 +68,10 @@ def _folded(block: nn.Module) -> FoldedBlock | None:
     for name, scale in _WITH_SCALE:
         if type(layers[scale]) is not LayerScale or dtype == torch.float16:  # which loses a gamma of 1e-5 times a weight
             continue
-        gamma = _guard.attribute(layers[scale], "gamma").float()
-        weight, bias = _weights(layers[name])
+        gamma, (weight, bias) = _guard.attribute(layers[scale], "gamma"), _weights(layers[name])
+        if any(t is not None and t.dtype != dtype for t in (gamma, weight, bias)):
+            continue  # the branch has the dtype that promotion gives, or timm refuses it
+        gamma = gamma.float()
         found[name] = (weight.float() * gamma[:, None]).to(dtype), None if bias is None else (bias.float() * gamma).to(dtype)
     return FoldedBlock(**found) if found else None
 

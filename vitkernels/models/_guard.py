@@ -32,7 +32,7 @@ def global_hooks() -> list[str]:
         return ["a global module hook is registered"]
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl and not _is_transparent(nn.Module.__call__):
         return ["nn.Module.__call__ was replaced"]
-    return []
+    return patched(_SHIPPED_CALLS)
 
 
 def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
@@ -53,8 +53,13 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         elif not plain(
             tensors(child) if "weight" in state or "bias" in state or "gamma" in state else state["_parameters"].values()
         ):
-            reasons.append(f"{prefix}{name} has a parameter of a tensor subclass")
+            reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass or no tensor")
     return reasons
+
+
+def example(module: nn.Module, x: Any) -> Any:
+    """``x``, whose device says where ``module`` runs; for the proxy that ``torch.fx`` traces with, one of the parameters."""
+    return x if isinstance(x, Tensor) else next(module.parameters(), x)
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -78,12 +83,16 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """No subclass that acts on its own terms."""
+    """No subclass that acts on its own terms, and no number in the place of a tensor."""
     for t in tensors:
         kind: Any = type(t)
         if t is None or kind is nn.Parameter or kind is Tensor:
             continue
-        if is_traceable_wrapper_subclass(t) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS:
+        if (
+            not isinstance(t, Tensor)
+            or is_traceable_wrapper_subclass(t)
+            or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS
+        ):
             return False
     return True
 
@@ -149,3 +158,6 @@ def _is_transparent(function: Any) -> bool:
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
+
+
+_SHIPPED_CALLS = shipped((nn.Module, "_wrapped_call_impl"), (nn.Module, "_call_impl"))  # what nn.Module.__call__ goes through

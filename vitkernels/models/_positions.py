@@ -8,6 +8,7 @@ import functools
 import timm
 import torch
 import torch.fx
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
@@ -18,8 +19,9 @@ from . import _guard
 
 torch.fx.wrap("resample_pos_embed")
 
-_SHIPPED = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "_pos_embed"))
-_SHIPPED_RESIZE = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (VisionTransformer, "set_input_size"))
+_SHIPPED_RESAMPLING = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (F, "interpolate"))
+_SHIPPED = _SHIPPED_RESAMPLING + _guard.shipped((VisionTransformer, "_pos_embed"))
+_SHIPPED_RESIZE = _SHIPPED_RESAMPLING + _guard.shipped((VisionTransformer, "set_input_size"))
 # timm before 1.0.29 leaves a table of 2x8 positions as it is for 4x4 patches, another grid of as many tokens.
 _FORGETS_THE_GRID = tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 29)
 
@@ -30,11 +32,12 @@ class FusedPositions(VisionTransformer):
     stock = VisionTransformer  # unannotated: TorchScript reads timm's annotations through the instance
     fused_from_the_start = False
 
-    # wraps: inspect and TorchScript, which compiles source, see timm's methods.
+    # wraps: inspect and TorchScript, which compiles source, see timm's methods. Replaced ones may take other arguments.
     @functools.wraps(VisionTransformer._pos_embed)
-    def _pos_embed(self, x):
-        if not self.dynamic_img_size or self.pos_embed is None or self.why_not_resampled() or _guard.patched(_SHIPPED):
-            return super()._pos_embed(x)
+    def _pos_embed(self, x, *args, **kwargs):
+        apart = not self.dynamic_img_size or self.pos_embed is None or args or kwargs
+        if apart or self.why_not_resampled() or _guard.patched(_SHIPPED):
+            return super()._pos_embed(x, *args, **kwargs)
         batch, height, width, channels = x.shape
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         pos_embed = resample_pos_embed(self.pos_embed, height, width, *self.patch_embed.grid_size, prefix)
@@ -47,13 +50,13 @@ class FusedPositions(VisionTransformer):
         return self.pos_drop(x)
 
     @functools.wraps(VisionTransformer.set_input_size)
-    def set_input_size(self, img_size=None, patch_size=None):
+    def set_input_size(self, *args, **kwargs):
         if self.pos_embed is None or self.why_not_resampled() or _guard.patched(_SHIPPED_RESIZE):
-            return super().set_input_size(img_size=img_size, patch_size=patch_size)
+            return super().set_input_size(*args, **kwargs)
         pos_embed, old_size = self.pos_embed, self.patch_embed.grid_size
         self.pos_embed = None  # timm then resizes all else
         try:
-            super().set_input_size(img_size=img_size, patch_size=patch_size)
+            super().set_input_size(*args, **kwargs)
         finally:
             self.pos_embed = pos_embed
         new_size = self.patch_embed.grid_size
@@ -66,9 +69,11 @@ class FusedPositions(VisionTransformer):
     def why_not_resampled(self) -> list[str]:
         """Reasons why timm resamples the positions; empty when ``vitkernels.ops`` does: ``grid_size`` says what they are."""
         positions, grid = _guard.attribute(self, "pos_embed"), getattr(self.patch_embed, "grid_size", None)
+        if hasattr(type(self), "pos_embed") or not isinstance(positions, torch.Tensor):
+            return ["pos_embed is not a tensor of the model's own"]
         num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
         if grid is None or positions.dim() != 3 or positions.shape[:2] != (1, num_positioned + grid[0] * grid[1]):
             return [f"pos_embed of shape {tuple(positions.shape)} is not {num_positioned} tokens and a grid of {grid}"]
         if _FORGETS_THE_GRID and grid[0] != grid[1]:
             return [f"this timm does not resample a table of {grid} to a square grid of as many tokens"]
-        return _guard.patched(_SHIPPED[:1])
+        return _guard.patched(_SHIPPED_RESAMPLING)

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from timm.layers import AttentionPoolLatent
 from timm.layers.attention_pool import F, maybe_add_mask  # noqa: F401  names in timm's source, for TorchScript
+from torch import Tensor
 
 from ..ops._leaves import attention
 from . import _guard
@@ -28,11 +29,15 @@ class FusedAttentionPool(AttentionPoolLatent):
 
     stock = AttentionPoolLatent  # unannotated: TorchScript reads timm's annotations through the instance
 
-    # wraps: inspect and TorchScript, which compiles source, see timm's forward.
+    # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(AttentionPoolLatent.forward)
-    def forward(self, x, attn_mask=None):
+    def forward(self, x, *args, **kwargs):
         if self.why_not():
-            return super().forward(x, attn_mask=attn_mask)
+            return super().forward(x, *args, **kwargs)
+        return self.fused(x, *args, **kwargs)
+
+    def fused(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """The fused forward, for callers that have asked ``why_not``."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
         heads = (self.num_heads, self.head_dim)

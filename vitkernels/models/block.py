@@ -24,12 +24,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..ops import _availability
-from ..ops._leaves import attention, attention_packed, linear, mlp, ones, projected_mlp
+from ..ops._leaves import attention, attention_packed, linear, ones, projected_mlp, residual_mlp
 from ..ops.folded_linear import Folded, Statistics, folded_linear
 from ..ops.mlp import folded_mlp
 from . import _fold, _guard
 
-for _leaf in ("attention", "attention_packed", "linear", "mlp", "ones", "projected_mlp"):
+for _leaf in ("attention", "attention_packed", "linear", "ones", "projected_mlp", "residual_mlp"):
     torch.fx.wrap(_leaf)
 
 _NORMS = (LayerNorm, nn.LayerNorm)
@@ -64,7 +64,7 @@ _MLP_PARTS: _guard.Parts = (
 )
 # With the functions that these forwards call and the fused one does not.
 _SHIPPED = _guard.shipped_forwards(Block, *_BLOCK_PARTS, *_ATTENTION_PARTS, *_MLP_PARTS) + _guard.shipped(
-    *((F, name) for name in ("linear", "layer_norm", "scaled_dot_product_attention", "gelu", "silu")),
+    *((F, name) for name in ("linear", "layer_norm", "scaled_dot_product_attention", "gelu", "silu", "dropout")),
     (activations, "quick_gelu"),
 )
 
@@ -79,16 +79,16 @@ class FusedBlock(Block):
     recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
     inference, folded = False, None  # as well: _fold.py
 
-    # wraps: inspect and TorchScript, which compiles source, see timm's forward.
+    # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(Block.forward)
-    def forward(self, x, attn_mask=None, is_causal=False):
+    def forward(self, x, *args, **kwargs):
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
-        if (_availability.leaves_to_pytorch(x) and not self.recompute_mlp) or self.why_not():
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if (_availability.leaves_to_pytorch(_guard.example(self, x)) and not self.recompute_mlp) or self.why_not():
+            return super().forward(x, *args, **kwargs)
         # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
         folded = _fold.current(self) if self.inference and isinstance(x, Tensor) else None
-        return self.fused(x, folded, attn_mask=attn_mask, is_causal=is_causal)[0]
+        return self.fused(x, folded, None, None, *args, **kwargs)[0]
 
     def fused(
         self,
@@ -132,7 +132,7 @@ class FusedBlock(Block):
         if undropped and gamma is None and fc2_gamma is None:
             return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
         x = linear(heads, weight, bias, gamma, x, None, dropped)
-        return mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
+        return residual_mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
 
     def train(self, mode=True):
         if mode and self.inference:
@@ -186,7 +186,7 @@ class FusedBlocks(nn.Sequential):
         x, statistics, folded = input, None, None
         del input
         blocks = list(self._modules.values())
-        for block, follower in zip(blocks, [*blocks[1:], None], strict=True):
+        for block, follower in zip(blocks, [*blocks, None][1:], strict=True):
             folded = folded or _folded_for_us(block)
             if folded is None:
                 x = block(x)
@@ -258,6 +258,8 @@ def _attention_state(attn: nn.Module) -> list[str]:
     reasons = []
     if not attn.fused_attn:
         reasons.append("attn.fused_attn is False")
+    if getattr(attn, "attn_dim", attn.num_heads * attn.head_dim) != attn.num_heads * attn.head_dim:
+        reasons.append("attn.attn_dim is not num_heads * head_dim")
     if getattr(attn, "gate", None) is not None:  # timm >= 1.0.28
         reasons.append("attn.gate is not supported")
     attn_drop, proj_drop = attn._modules.get("attn_drop"), attn._modules.get("proj_drop")

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, Optional  # noqa: F401  Optional: a name in 
 
 import torch
 import torch.fx
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
+from timm.layers import patch_embed as timm_patch_embed
 from timm.layers.patch_embed import F, Format, _assert, nchw_to  # noqa: F401  names in timm's source, for TorchScript
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import checkpoint_seq  # noqa: F401  as above
 from torch import Tensor, nn
 
+from ..ops import _availability
 from ..ops._leaves import float_pixels, patch_embed, resample_pos_embed
 from . import _guard
 from ._positions import FusedPositions
@@ -26,7 +28,9 @@ for _leaf in ("float_pixels", "patch_embed", "resample_pos_embed"):
     torch.fx.wrap(_leaf)
 
 _PARTS: _guard.Parts = (("proj", (nn.Conv2d,)),)
-_SHIPPED = _guard.shipped_forwards(PatchEmbed, *_PARTS) + _guard.shipped((nn.Conv2d, "_conv_forward"), (F, "conv2d"))
+_SHIPPED = _guard.shipped_forwards(PatchEmbed, *_PARTS) + _guard.shipped(
+    (nn.Conv2d, "_conv_forward"), (F, "conv2d"), (timm_patch_embed, "nchw_to")
+)
 _STATISTICS = "pixel_statistics"
 
 
@@ -35,14 +39,17 @@ class FusedPatchEmbed(PatchEmbed):
 
     stock = PatchEmbed  # unannotated: TorchScript reads timm's annotations through the instance
 
-    # wraps: inspect and TorchScript, which compiles source, see timm's forward.
+    # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(PatchEmbed.forward)
-    def forward(self, x):
+    def forward(self, x, *args, **kwargs):
         if type(x) is _Images:
             return _Embedded(x.model.embed(x.pixels))
-        if self.why_not():
+        # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
+        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
+        if traced or args or kwargs or self.why_not():
             statistics = _guard.attribute(self, _STATISTICS)
-            return super().forward(x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj)))
+            pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
+            return super().forward(pixels, *args, **kwargs)
         tokens = self.embed(x, None, None, True)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.grid_of(x))
@@ -50,7 +57,7 @@ class FusedPatchEmbed(PatchEmbed):
 
     def embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
         """images (B, C, H, W) -> (B, P + Gh*Gw, D), the arguments being those of ``vitkernels.ops.patch_embed``."""
-        height, width = x.shape[-2], x.shape[-1]
+        _, _, height, width = x.shape
         if self.strict_img_size:
             _assert(height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]}).")
             _assert(width == self.img_size[1], f"Input width ({width}) doesn't match model ({self.img_size[1]}).")
@@ -97,8 +104,9 @@ class FusedPatchEmbed(PatchEmbed):
 def why_not_plain(proj: nn.Conv2d) -> list[str]:
     """A reason if ``proj`` does more than multiply patches."""
     weight, bias = _guard.attribute(proj, "weight"), _guard.attribute(proj, "bias")
-    settings = (proj.stride, proj.padding, proj.dilation, proj.groups)
-    if settings == (weight.shape[2:], (0, 0), (1, 1), 1) and (bias is None or bias.shape == weight.shape[:1]):
+    settings = (proj.stride, proj.padding, proj.padding_mode, proj.dilation, proj.groups)
+    plain = settings == (weight.shape[2:], (0, 0), "zeros", (1, 1), 1) and "_conv_forward" not in proj.__dict__
+    if plain and (bias is None or bias.shape == weight.shape[:1]):
         return []
     return ["proj is not a plain convolution whose stride is its kernel size"]
 
@@ -137,28 +145,23 @@ class FusedVisionTransformer(FusedPositions):
     (``why_not_merged``) runs timm's two steps.
     """
 
-    # Not super(): timm's method of the moment, which may have been replaced, on the model itself.
+    # Not super(): timm's method of the moment, which may have been replaced, and take other arguments, on the model itself.
 
     @functools.wraps(timm_vit.VisionTransformer.forward_features)
-    def forward_features(self, x, attn_mask=None, is_causal=False):
-        return timm_vit.VisionTransformer.forward_features(self, self._to_merge(x), attn_mask=attn_mask, is_causal=is_causal)
+    def forward_features(self, x, *args, **kwargs):
+        return timm_vit.VisionTransformer.forward_features(self, self._to_merge(x), *args, **kwargs)
 
     @functools.wraps(timm_vit.VisionTransformer.forward_intermediates)
     def forward_intermediates(self, x, *args, **kwargs):
         return timm_vit.VisionTransformer.forward_intermediates(self, self._to_merge(x), *args, **kwargs)
 
     @functools.wraps(timm_vit.VisionTransformer._pos_embed)
-    def _pos_embed(self, x):
-        return x.tokens if type(x) is _Embedded else super()._pos_embed(x)
+    def _pos_embed(self, x, *args, **kwargs):
+        return x.tokens if type(x) is _Embedded else super()._pos_embed(x, *args, **kwargs)
 
     def _to_merge(self, x):
-        if self.why_not_merged():
-            return x
-        if isinstance(x, torch.fx.Proxy) and x.tracer.is_leaf_module(
-            self.patch_embed, x.tracer.path_of_module(self.patch_embed)
-        ):
-            return x
-        return _Images(x, self)
+        # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for.
+        return x if isinstance(x, torch.fx.Proxy) or self.why_not_merged() else _Images(x, self)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call would add prefix tokens and positions in timm's own steps; empty when one operator does."""
@@ -179,6 +182,10 @@ class FusedVisionTransformer(FusedPositions):
         """What timm would broadcast, resample by another rule, or refuse."""
         positions, weight = _guard.attribute(self, "pos_embed"), _guard.attribute(stem._modules["proj"], "weight")
         width, num_prefix, reasons = weight.shape[0], 0, []
+        for name in ("cls_token", "reg_token", "pos_embed"):  # a number, or a property, as parametrize makes one
+            value = _guard.attribute(self, name)
+            if hasattr(type(self), name) or not (value is None or isinstance(value, Tensor)):
+                return [f"{name} is not a tensor of the model's own"]
         for name in ("cls_token", "reg_token"):
             token = _guard.attribute(self, name)
             if token is None:
@@ -189,6 +196,8 @@ class FusedVisionTransformer(FusedPositions):
                 num_prefix += token.shape[1]
         if positions is not None and self.dynamic_img_size:
             reasons += self.why_not_resampled()
+            if positions.shape[-1] != width:
+                reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {width}")
         elif positions is not None:
             patches = (stem.img_size[0] // weight.shape[2]) * (stem.img_size[1] // weight.shape[3])
             shape = (1, patches + (0 if self.no_embed_class else num_prefix), width)
@@ -231,7 +240,8 @@ class _Embedded(NamedTuple):
 
 
 _SHIPPED_STEPS = _guard.shipped(
-    *((timm_vit.VisionTransformer, name) for name in ("forward_features", "forward_intermediates", "_pos_embed"))
+    *((timm_vit.VisionTransformer, name) for name in ("forward_features", "forward_intermediates", "_pos_embed")),
+    (nn.Identity, "forward"),  # of patch_embed.norm
 )
 
 

@@ -5,6 +5,9 @@ timm's can. Of each, TorchScript compiles the first branch alone: the reference'
 what timm computes, and which a saved script runs where there is no vitkernels.
 
 ``torch.fx.wrap`` looks names up in the file that calls them, so each file that calls a leaf wraps it there.
+
+No leaf has the name of a block's child. Feature extractors name a node by the path of the module and the name of the function:
+a leaf ``mlp`` would pass for the output of ``blocks.0.mlp``.
 """
 
 import torch
@@ -22,7 +25,7 @@ from .attention import attention as attention_operator
 from .attention import attention_qkv as attention_qkv_operator
 from .linear import linear as linear_operator
 from .mlp import projected_mlp as projected_mlp_operator
-from .patch_embed import convolves
+from .patch_embed import convolves, positions_fit
 
 
 def linear(
@@ -80,7 +83,7 @@ def projected_mlp(
         return projected_mlp_operator(heads, x, weight, bias, parameters, eps, act, recompute)
 
 
-def mlp(
+def residual_mlp(
     x: Tensor,
     parameters: Parameters,
     eps: float,
@@ -115,7 +118,8 @@ def patch_embed(
     if torch.jit.is_scripting():
         return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
     else:
-        if not convolves(images, weight):  # the convolution says so, as in timm
+        # PyTorch's operators say what is wrong, as in timm, or broadcast.
+        if not convolves(images, weight) or not positions_fit(images, weight, prefix_tokens, pos_embed, pos_embed_prefix):
             return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
         return patch_embed_operator(
             images,

@@ -137,6 +137,16 @@ def convolves(images: Tensor, weight: Tensor) -> bool:
     return _select.autocast_dtype(images) is not None and torch.float64 not in (images.dtype, weight.dtype)
 
 
+def positions_fit(
+    images: Tensor, weight: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool
+) -> bool:
+    """Is there one position for each patch, and for each prefix token with ``pos_embed_prefix``?"""
+    if pos_embed is None:
+        return True
+    num_prefix = prefix_tokens.shape[1] if prefix_tokens is not None and pos_embed_prefix else 0
+    return pos_embed.shape[1] == num_prefix + _num_patches(images, weight)
+
+
 # 3. Autograd.
 
 
@@ -238,7 +248,8 @@ def patch_embed(
     if mean is not None and std is not None:
         mean, std = mean.detach(), std.detach()
     dtype = _select.autocast_dtype(images) or weight.dtype
-    if bias is not None and bias.dtype != weight.dtype and dtype == weight.dtype:
+    casts = _select.autocast_dtype(images) is not None and bias is not None and torch.float64 not in (bias.dtype, weight.dtype)
+    if bias is not None and bias.dtype != weight.dtype and not casts:
         _check.tensor(op, "bias", bias, (weight.dtype,))
     others = (bias, prefix_tokens, pos_embed, mean, std)
     if not _select.use_kernel(op, images, lambda: why_not(images, weight, *others)):

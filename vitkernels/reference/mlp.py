@@ -30,7 +30,8 @@ def mlp(
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.mlp``."""
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if recompute and torch.is_grad_enabled():
+    # torch.func takes derivatives of no function that says what to save.
+    if recompute and torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None:
         from torch.utils.checkpoint import checkpoint
 
         arguments = (x, parameters, eps, act, layer_scale, drop_path)
