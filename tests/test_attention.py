@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -368,6 +369,7 @@ def test_attention_pooling_runs_the_kernel_without_copies_of_keys_and_values(any
 
 
 Q = torch.zeros(2, 5, 3, 16)
+QKV = Q[:, :, :, None]
 CU = torch.tensor([0, 5], dtype=torch.int32)
 
 
@@ -386,6 +388,17 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
         (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU, bias=Q), ValueError, "bias cannot be given together"),
         (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU[:0]), ValueError, r"cu_seqlens must have B \+ 1 elements"),
         (lambda: vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=CU[:1]), ValueError, "got 1 for 5 tokens"),
+        (lambda: vk.ops.attention(Q, Q, Q, scale="0.5"), TypeError, "scale must be a number, got str"),
+        (lambda: vk.ops.attention(Q, Q, Q, scale=1j), TypeError, "scale must be a number, got complex"),
+        (lambda: vk.ops.attention(Q, Q, Q, scale=torch.ones(2)), TypeError, "scale must be a number, got Tensor"),
+        (
+            lambda: vk.ops.attention(Q, Q, Q, scale=torch.tensor(0.5, requires_grad=True)),
+            TypeError,
+            "scale must be a number, got one that requires a gradient",
+        ),
+        (lambda: vk.ops.attention_qkv(QKV, scale=[0.5]), TypeError, "scale must be a number, got list"),
+        (lambda: vk.ops.attention(Q, Q, Q, max_seqlen=7.0), TypeError, "max_seqlen must be an integer, got float"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen="7"), TypeError, "max_seqlen must be an integer, got str"),
         (lambda: vk.ops.attention_qkv(Q), ValueError, r"qkv must have shape \(B, N, 3, H, Dh\)"),
         (lambda: vk.ops.attention_qkv([Q]), TypeError, "qkv must be a Tensor, got list"),
     ],
@@ -393,3 +406,16 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("number", [1, 0.5, torch.tensor(0.5), np.float32(0.5)], ids=["int", "float", "tensor", "numpy"])
+def test_a_scale_is_any_number(number):
+    q = torch.randn(2, 5, 3, 16)
+    with vk.backend("fused"):
+        assert torch.equal(vk.ops.attention(q, q, q, scale=number), vk.ops.attention(q, q, q, scale=float(number)))
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 3], [2, 5], [-1, 5], [0, 6], [3, 2]], ids=str)
+def test_the_reference_names_lengths_that_are_no_ends_of_images(ends):
+    with vk.backend("reference"), pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to at most 5, the tokens"):
+        vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=torch.tensor(ends, dtype=torch.int32))

@@ -455,6 +455,30 @@ def test_threads_that_call_a_changed_model_at_once_find_the_new_copies_each():
 
 
 @on_a_cpu
+def test_weights_that_are_loaded_while_the_copies_are_made_are_not_missed(monkeypatch):
+    stock, model = folded(init_values=0.1)
+    doubled(stock.parameters())
+    state, loaded, made = stock.state_dict(), [], _fold._folded
+
+    def overtaken(block):
+        copies = made(block)
+        if not loaded:
+            loaded.append(True)
+            thread = threading.Thread(target=model.load_state_dict, args=(state,))
+            thread.start()
+            thread.join()
+        return copies
+
+    monkeypatch.setattr(_fold, "_folded", overtaken)
+    model.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model(IMAGES)  # folds, and is overtaken
+    assert loaded
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
 @pytest.mark.parametrize("what", ["parameter", "data"])
 def test_what_changes_twice_between_calls_folds_again_though_its_memory_is_reused(what):
     stock, model = folded(init_values=0.1)

@@ -388,6 +388,8 @@ X, W = torch.zeros(2, 8), torch.zeros(8)
         (lambda: vk.ops.layer_norm(X, W.bfloat16()), TypeError, "weight must be of dtype float32, got bfloat16"),
         (lambda: vk.ops.layer_norm(X.half(), W.bfloat16()), TypeError, "weight must be of dtype float16, float32"),
         (lambda: vk.ops.layer_norm(X.half(), W.half(), W), TypeError, "weight and bias must have one dtype"),
+        (lambda: vk.ops.layer_norm(X, W, None, "1e-6"), TypeError, "eps must be a number, got str"),
+        (lambda: vk.ops.add_layer_norm(X, X, W, None, None), TypeError, "eps must be a number, got NoneType"),
         (lambda: vk.ops.add_layer_norm(X, X[:1]), ValueError, r"residual must have shape \(2, 8\), got \(1, 8\)"),
         (lambda: vk.ops.add_layer_norm(X, None), TypeError, "residual must be a Tensor"),
         (lambda: vk.ops.add_layer_norm(X, X, layer_scale=W[:4]), ValueError, r"layer_scale must have shape \(8\)"),

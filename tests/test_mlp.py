@@ -447,7 +447,9 @@ X, FC1, FC2 = torch.zeros(2, 8), torch.zeros(16, 8), torch.zeros(8, 16)
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC1, None), ValueError, r"fc2_weight must have shape \(8, 16\)"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, None, None), TypeError, "fc2_weight must be a Tensor"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, act="gelu "), ValueError, "act must be one of"),
-        (lambda: vk.ops.mlp(X, X, None, FC1, None, FC2, None), ValueError, r"weight must have shape \(8\)"),
+        (lambda: vk.ops.mlp(X, X, None, FC1, None, FC2, None), ValueError, r"norm_weight must have shape \(8\)"),
+        (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, eps=None), TypeError, "eps must be a number, got NoneType"),
+        (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, X[0].half()), TypeError, "fc2_bias must be of dtype float32"),
         (lambda: vk.ops.mlp(X, None, None, FC1, X, FC2, None), ValueError, r"fc1_bias must have shape \(16\)"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, FC1), ValueError, r"fc2_bias must have shape \(8\)"),
         (

@@ -39,8 +39,8 @@ class Copies:
     unpickled block folds again.
     """
 
-    def __init__(self, block: FoldedBlock | None, state: list[tuple[int, int]] | None, sources: list[Tensor]) -> None:
-        self.block, self.state, self.memory = block, state, [t.detach() for t in sources]
+    def __init__(self, block: FoldedBlock | None, state: list[tuple[int, int]] | None, memory: list[Tensor]) -> None:
+        self.block, self.state, self.memory = block, state, memory
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -53,7 +53,10 @@ def fold(block: nn.Module) -> Copies:
     """Make the copies, for a block whose parts are those that the fused forward knows; else it keeps none."""
     sources = [] if block.why_not() else _parameters(block)
     with torch.inference_mode(False), torch.no_grad():
-        copies = Copies(_folded(block) if sources else None, _state(sources), sources)
+        # State first: what another thread writes while these are made is newer than it, and has them made again.
+        memory = [t.detach() for t in sources]
+        state = _state(memory)
+        copies = Copies(_folded(block) if sources else None, state, memory)
     block.folded = copies
     return copies
 

@@ -1,5 +1,6 @@
 """Argument checks shared by the public operators. Each error names the argument, what came and what is accepted."""
 
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -54,6 +55,21 @@ def last_dim(op: str, name: str, value: Tensor) -> int:
     if value.dim() == 0:
         raise ValueError(f"{op}: {name} must have at least one dimension, got a 0-d tensor")
     return value.shape[-1]
+
+
+def number(op: str, name: str, value: Any, kind: type = numbers.Real) -> None:
+    """``value`` is a number of ``kind``; also, as PyTorch has it, a 0-d tensor of one, which would get no gradient."""
+    if type(value) is float and kind is numbers.Real:
+        return
+    if isinstance(value, (kind, torch.SymInt) if kind is numbers.Integral else (kind, torch.SymInt, torch.SymFloat)):
+        return
+    got = type(value).__name__
+    if isinstance(value, Tensor) and value.dim() == 0:
+        fits = not value.is_complex() if kind is numbers.Real else not (value.is_complex() or value.is_floating_point())
+        if fits and not value.requires_grad:
+            return
+        got = "one that requires a gradient" if fits else f"one of {value.dtype}"
+    raise TypeError(f"{op}: {name} must be {'an integer' if kind is numbers.Integral else 'a number'}, got {got}")
 
 
 def choice(op: str, name: str, value: Any, accepted: Collection[Any]) -> None:

@@ -1,6 +1,7 @@
 """Softmax attention over tokens-major heads, dense or packed. Parts as in ``layer_norm.py``."""
 
 import itertools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,7 @@ def attention(
         cu_seqlens: int32 (B + 1,), ascending from 0, never beyond total: image b owns rows
             ``cu_seqlens[b]:cu_seqlens[b + 1]``, and attends to itself only. A length may be 0. Rows from ``cu_seqlens[-1]``
             on belong to no image (a batch padded to a fixed total): whatever they hold, their output and gradients are 0.
+            The reference, which reads them, refuses others; the kernels read nothing back and do not look.
         max_seqlen: the longest of these lengths, if the caller knows it. The kernels do without: no length is read back.
 
     Returns:
@@ -248,6 +250,7 @@ def attention(
         for name, t in (("k", k), ("v", v)):
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
+    _check_numbers(op, scale, max_seqlen)
     if not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
         return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     q, k, v = (_autocast(t) for t in (q, k, v))
@@ -280,6 +283,7 @@ def attention_qkv(
     if cu_seqlens is not None or bias is not None:
         q, k, _ = qkv.unbind(-3)
         _check_masks(op, q, k, bias, cu_seqlens)
+    _check_numbers(op, scale, max_seqlen)
 
     def reasons() -> list[str]:
         q, k, v = qkv.unbind(-3)
@@ -311,6 +315,13 @@ def _numbers(q: Tensor, max_seqlen: int | None, scale: float | None) -> tuple[in
     """The operators' last arguments: max_seqlen, scale, allow_tf32."""
     allow_tf32 = q.dtype == torch.float32 and allows_tf32()
     return max_seqlen or 0, q.shape[-1] ** -0.5 if scale is None else float(scale), allow_tf32
+
+
+def _check_numbers(op: str, scale: float | None, max_seqlen: int | None) -> None:
+    if scale is not None:
+        _check.number(op, "scale", scale)
+    if max_seqlen is not None:
+        _check.number(op, "max_seqlen", max_seqlen, numbers.Integral)
 
 
 def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:

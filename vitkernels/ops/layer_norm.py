@@ -257,7 +257,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     _check.tensor("layer_norm", "x", x)
-    check_norm("layer_norm", x, weight, bias, x.dtype)
+    check_norm("layer_norm", x, weight, bias, eps, x.dtype)
     return dispatch_layer_norm(x, weight, bias, eps)
 
 
@@ -301,25 +301,35 @@ def add_layer_norm(
     stream_dtype = torch.promote_types(x.dtype, residual.dtype)
     if layer_scale is not None:
         stream_dtype = torch.promote_types(stream_dtype, layer_scale.dtype)
-    check_norm(op, x, weight, bias, stream_dtype)
+    check_norm(op, x, weight, bias, eps, stream_dtype)
     if not _select.use_kernel(op, x, lambda: why_not(x, weight, bias, residual, layer_scale), MIN_BYTES):
         return reference.add_layer_norm(x, residual, weight, bias, eps, layer_scale=layer_scale)
     out_dtype = _select.norm_dtype(x, stream_dtype)
     return _AddLayerNorm.apply(x, residual, weight, bias, layer_scale, eps, stream_dtype, out_dtype)
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
-    """Check the parameters of a LayerNorm of ``dtype`` rows as wide as ``x``'s."""
+def check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    names: tuple[str, str, str] = ("weight", "bias", "eps"),
+) -> None:
+    """Check the parameters of a LayerNorm of ``dtype`` rows as wide as ``x``'s, by the names that messages give them."""
     size = _check.last_dim(op, "x", x)
-    _check.vector(op, "weight", weight, size)
-    _check.vector(op, "bias", bias, size)
+    weight_name, bias_name, eps_name = names
+    _check.vector(op, weight_name, weight, size)
+    _check.vector(op, bias_name, bias, size)
+    _check.number(op, eps_name, eps)
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
         return
     if _select.autocast_dtype(x) is not None:
         return
     accepted = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
-    for name, param in (("weight", weight), ("bias", bias)):
+    for name, param in ((weight_name, weight), (bias_name, bias)):
         if param is not None:
             _check.tensor(op, name, param, accepted)
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        raise TypeError(f"{op}: weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
+        raise TypeError(f"{op}: {weight_name} and {bias_name} must have one dtype, got {weight.dtype} and {bias.dtype}")

@@ -322,7 +322,7 @@ def linear(
 
     Args:
         x: (..., K).
-        weight: (N, K), bias: (N,) or None, as ``nn.Linear``.
+        weight: (N, K), bias: (N,) or None, as ``nn.Linear``: of ``x``'s dtype outside autocast.
         act: None, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"quick_gelu"`` (x * sigmoid(1.702 x)) or ``"silu"``. No gated form: its
             tile needs two accumulators. Blocks with a gated MLP run timm's forward, and ``explain`` says so.
         layer_scale: (N,) or None.
@@ -343,14 +343,17 @@ def linear(
     _check.shape(op, "weight", weight, ("N", _check.last_dim(op, "x", x)))
     _check.choice(op, "act", act, ACTIVATIONS)
     _check.vector(op, "bias", bias, weight.shape[0])
+    check_bias(op, "bias", bias, x)
     _check.vector(op, "layer_scale", layer_scale, weight.shape[0])
     if residual is not None:
         _check.tensor(op, "residual", residual)
         _check.shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]))
     if norm is not None:
+        if not isinstance(norm, (tuple, list)):
+            raise TypeError(f"{op}: norm must be (weight, bias, eps), got {type(norm).__name__}")
         if len(norm) != 3:
             raise ValueError(f"{op}: norm must be (weight, bias, eps), got {len(norm)} elements")
-        check_norm(op, x, *norm[:2], x.dtype)
+        check_norm(op, x, *norm, x.dtype, ("norm's weight", "norm's bias", "norm's eps"))
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
 
@@ -383,6 +386,12 @@ def linear(
 def weight_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     """What a weight that ``x`` is multiplied with may be; autocast casts both."""
     return (x.dtype,) if _select.autocast_dtype(x) is None else _check.FLOATS
+
+
+def check_bias(op: str, name: str, bias: Tensor | None, x: Tensor) -> None:
+    """``bias`` is of ``x``'s dtype, unless autocast casts it: PyTorch adds no other."""
+    if bias is not None and bias.dtype != x.dtype:
+        _check.tensor(op, name, bias, weight_dtypes(x))
 
 
 def check_drop_path(op: str, drop_path: Tensor, x: Tensor) -> None:

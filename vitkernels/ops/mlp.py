@@ -19,6 +19,7 @@ from .folded_linear import Folded, Statistics, folded_linear, folds, linear_stat
 from .layer_norm import check_norm, shifted
 from .linear import (
     MIN_BYTES,
+    check_bias,
     check_drop_path,
     compute_dtype,
     flat,
@@ -183,13 +184,15 @@ def mlp(
     op = "mlp"
     _check.tensor(op, "x", x)
     width = _check.last_dim(op, "x", x)
-    check_norm(op, x, norm_weight, norm_bias, x.dtype)
+    check_norm(op, x, norm_weight, norm_bias, eps, x.dtype, ("norm_weight", "norm_bias", "eps"))
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
         _check.tensor(op, name, weight, weight_dtypes(x))
     _check.shape(op, "fc1_weight", fc1_weight, ("F", width))
     _check.vector(op, "fc1_bias", fc1_bias, fc1_weight.shape[0])
     _check.shape(op, "fc2_weight", fc2_weight, (width, fc1_weight.shape[0]))
     _check.vector(op, "fc2_bias", fc2_bias, width)
+    check_bias(op, "fc1_bias", fc1_bias, x)
+    check_bias(op, "fc2_bias", fc2_bias, x)
     _check.vector(op, "layer_scale", layer_scale, width)
     _check.choice(op, "act", act, ACTIVATIONS)
     if drop_path is not None:

@@ -26,6 +26,8 @@ def attention(
     if cu_seqlens is None:
         return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
     ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends != sorted(ends) or ends[-1] > q.shape[0]:
+        raise ValueError(f"attention: cu_seqlens must ascend from 0 to at most {q.shape[0]}, the tokens, got {ends}")
     images = [attention(q[None, a:b], k[None, a:b], v[None, a:b], scale=scale)[0] for a, b in itertools.pairwise(ends)]
     if not images:
         return q.clone()
