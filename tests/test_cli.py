@@ -662,6 +662,15 @@ def test_standard_output_may_be_closed_or_no_file(monkeypatch, stream, options):
     assert main(["info", *options]) == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without /dev/full")
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
+def test_a_full_disk_is_one_line(monkeypatch, capsys, options):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["info", *options]) == 1
+    assert capsys.readouterr().err == "vitkernels: error: cannot write standard output: No space left on device\n"
+
+
 @pytest.mark.parametrize("variables", [{"COLUMNS": "0"}, {"TERM": "dumb"}, {"TERM": "dumb", "COLUMNS": "0"}], ids=str)
 def test_terminals_without_a_width_or_cursor(monkeypatch, capsys, variables):
     for stream in (sys.stdout, sys.stderr):

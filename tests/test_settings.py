@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,6 +136,42 @@ def test_a_checkpointed_forward_that_another_thread_recomputes_sees_the_open_blo
         thread.start()
         thread.join()
     assert seen == ["reference"] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_keeps_the_blocks_of_the_thread_that_forked_and_no_others():
+    begun, done = threading.Event(), threading.Event()
+
+    def other():
+        with vk.backend("reference"):
+            begun.set()
+            done.wait(30)
+
+    def forked():
+        child = os.fork()
+        if child == 0:
+            try:
+                before = _select.policy()
+                with vk.backend("reference"):
+                    inside = _select.policy()
+                os._exit(0 if (before, inside, _select.policy()) == (mine, "reference", mine) else 1)
+            finally:
+                os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert begun.wait(30)
+        mine = "auto"
+        assert forked() == 0
+        mine = "fused"
+        with vk.backend(mine):
+            assert forked() == 0
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_block_opened_in_one_thread_may_be_closed_in_another():

@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitkernels import _select
+from vitkernels import _env, _select
 from vitkernels.kernels import (
     _attention_configs,
     _device,
@@ -279,6 +282,36 @@ def test_a_user_without_a_home_has_no_tables_and_is_told_once(folder, caplog, mo
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("vitkernels", "INFO")
     assert record.message.startswith("no tuned tables of this user are read: there is no home folder")
+
+
+@pytest.mark.parametrize("home", ["none", "a file"])
+def test_a_user_without_a_home_has_a_folder_for_compiled_kernels_while_the_process_runs(home, monkeypatch, caplog, tmp_path):
+    no_home(monkeypatch)
+    if home == "a file":
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+        tmp_path.joinpath("file").touch()
+    monkeypatch.setattr(_env, "_triton_cache", None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for what is set below to be undone
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    with caplog.at_level(logging.INFO, "vitkernels"):
+        for _ in range(2):
+            _env.give_triton_a_cache()
+    (record,) = caplog.records
+    assert "compiled kernels are kept until this process ends" in record.message
+    assert Path(triton.knobs.cache.dir) == Path(_env._triton_cache.name)
+    assert Path(triton.knobs.cache.dir).is_dir()
+    _env._triton_cache.cleanup()
+
+
+@pytest.mark.parametrize("named", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])
+def test_a_folder_for_compiled_kernels_that_can_be_made_is_left_to_triton(named, monkeypatch, tmp_path):
+    no_home(monkeypatch)
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(named, str(tmp_path / "new"))
+    before = dict(os.environ)
+    _env.give_triton_a_cache()
+    assert dict(os.environ) == before
 
 
 def test_the_shipped_table_serves_a_user_without_a_home(folder, monkeypatch, tmp_path):

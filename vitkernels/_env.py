@@ -3,12 +3,15 @@
 ``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)``.
 ``TRITON_INTERPRET``    Triton's own switch: ``1`` before Triton is imported runs the kernels in its CPU interpreter.
 ``VITKERNELS_CACHE``    folder of what ``vitkernels tune`` measured; else ``vitkernels`` in the user's cache folder.
+``TRITON_CACHE_DIR``    Triton's own: its folder of compiled kernels. Set here for a user without a home folder.
 ``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
 """
 
 import importlib
 import importlib.util
+import logging
 import os
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +55,30 @@ def tuned_dir() -> Path | None:
     except RuntimeError:  # HOME is not set, and the system does not know the user
         return None
     return Path(caches) / "vitkernels" / "tuned"
+
+
+def give_triton_a_cache() -> None:
+    """Where Triton cannot make its folder of compiled kernels, in some containers, name it a temporary one of this process.
+
+    A launch would fail there: Triton takes ``~`` for a folder's name where the user has no home. A folder that the user named,
+    or that exists (one that was filled before may be read-only), is left to Triton.
+    """
+    global _triton_cache
+    if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
+        return
+    home = os.path.expanduser("~")
+    cache = Path(home, ".triton", "cache")
+    found = next((folder for folder in (cache, *cache.parents) if os.path.exists(folder)), cache)
+    if home != "~" and (found == cache or (found.is_dir() and os.access(found, os.W_OK))):
+        return
+    _triton_cache = tempfile.TemporaryDirectory(prefix="vitkernels-triton-", ignore_cleanup_errors=True)
+    os.environ["TRITON_CACHE_DIR"] = _triton_cache.name
+    logging.getLogger("vitkernels").info(
+        "%s cannot be made: compiled kernels are kept until this process ends; TRITON_CACHE_DIR names another folder", cache
+    )
+
+
+_triton_cache: tempfile.TemporaryDirectory[str] | None = None  # deleted at exit
 
 
 def extension() -> ModuleType | None:

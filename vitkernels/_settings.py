@@ -2,7 +2,7 @@
 
 Blocks of several threads and asyncio tasks may overlap, and each caller sees the innermost of its own. A caller without one (a
 thread of autograd that computes a checkpointed forward again, a worker) sees the block that was opened last and is still open,
-else the default.
+else the default. In a forked child only the blocks of the thread that forked are open.
 
 Where all open blocks agree, every caller sees the same, and the setting is a plain attribute of this module: nothing reads
 faster. While they differ the attribute is absent, so that Python calls ``__getattr__``, which knows the caller. Dynamo's guards
@@ -10,6 +10,7 @@ read the attribute in the same two ways, in the thread that runs the compiled co
 breaks fullgraph on torch 2.11.)
 """
 
+import os
 import threading
 from contextvars import ContextVar
 from typing import Any
@@ -26,6 +27,7 @@ class _Block:
     def __init__(self, value: Any) -> None:
         self.value = value
         self.is_open = True
+        self.thread = threading.get_ident()
 
 
 _open: dict[str, list[_Block]] = {name: [] for name in _DEFAULTS}  # of all threads and tasks, as they were opened
@@ -55,6 +57,21 @@ def _publish(name: str) -> None:
             globals().pop(name, None)
         if blocks == _open[name]:
             return
+
+
+def _forget_other_threads() -> None:
+    """In a forked child, where only the thread that forked goes on: nobody would ever end the blocks of the others."""
+    global _lock
+    _lock = threading.RLock()  # one of them may have held it
+    for name, blocks in _open.items():
+        for block in blocks:
+            block.is_open = block.thread == threading.get_ident()
+        _open[name] = [block for block in blocks if block.is_open]
+        _publish(name)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 class Override:

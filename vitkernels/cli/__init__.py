@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import _env, _select
 from .._text import Encodable
@@ -49,21 +49,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             document = args.run(args)
-        if args.json:
-            print(json.dumps(document, indent=2, allow_nan=False), file=Encodable(sys.stdout))
-        else:
-            args.show(document)
-        Encodable(sys.stdout).flush()
+        _print(args, document)
     except CommandError as error:
         return _fail(error)
-    except BrokenPipeError:  # `vitkernels info | head`: nobody reads the rest, also not what Python flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `vitkernels info | head`: nobody reads the rest
         return 1
     except KeyboardInterrupt:
         return 130
     for message in document.get("errors", ()):
         _fail(CommandError(message))
     return 1 if document.get("errors") else 0
+
+
+def _print(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    try:
+        if args.json:
+            print(json.dumps(document, indent=2, allow_nan=False), file=Encodable(sys.stdout))
+        else:
+            args.show(document)
+        Encodable(sys.stdout).flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError(f"cannot write standard output: {error.strerror or error}", 1) from error
 
 
 def _check_environment() -> None:

@@ -2,3 +2,7 @@
 
 A ``launch_<name>`` takes the arguments of the operator ``vitkernels::<name>`` (``ops/``), which has checked them.
 """
+
+from .. import _env
+
+_env.give_triton_a_cache()
