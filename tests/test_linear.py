@@ -169,7 +169,7 @@ def test_a_float32_residual_takes_a_bfloat16_gemm_and_stays_float32():
     for variant in VARIANTS:
 
         def kernel(x, weight, bias, layer_scale, residual, variant=variant):
-            with running(variant):
+            with running(variant), torch.autocast(x.device.type, torch.bfloat16):
                 return vk.ops.linear(x, weight, bias, layer_scale=layer_scale, residual=residual)
 
         assert_matches_reference(kernel, reference, inputs, [torch.randn(2, 37, 80)])
