@@ -85,6 +85,25 @@ def test_class_wide_patched_forward_takes_effect(cls, monkeypatch):
     assert_same(fused(x), expected)
 
 
+@pytest.mark.parametrize("cls", [Attention, nn.Linear, LayerNorm, nn.GELU, Block, PatchEmbed], ids=lambda cls: cls.__name__)
+def test_a_call_replaced_for_a_class_takes_effect(cls, monkeypatch):
+    stock, fused = stock_and_fused(class_token=False, global_pool="avg")
+    x, original = images(), cls.__call__
+    before = stock(x)
+    monkeypatch.setattr(cls, "__call__", lambda self, *args, **kwargs: 1.5 * original(self, *args, **kwargs))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused(x), expected)
+
+
+def test_a_call_replaced_on_an_instance_takes_effect():
+    def modify(model):
+        layer = model.blocks[1].mlp.fc1
+        layer._call_impl = lambda x: 1.5 * nn.Linear.forward(layer, x)
+
+    assert_modified_alike(modify)
+
+
 def test_class_wide_patch_taken_back_leaves_the_model_fused(monkeypatch):
     stock, fused = stock_and_fused()
     with monkeypatch.context() as patch:

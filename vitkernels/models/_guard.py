@@ -48,8 +48,10 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         state = child.__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
             reasons.append(f"{prefix}{name} has hooks")
-        elif "forward" in state:
+        elif "forward" in state or "_call_impl" in state:
             reasons.append(f"{prefix}{name} overrides forward")
+        elif type(child).__call__ is not nn.Module.__call__:
+            reasons.append(f"{type(child).__name__}.__call__ was replaced")
         elif not plain(
             tensors(child) if "weight" in state or "bias" in state or "gamma" in state else state["_parameters"].values()
         ):

@@ -219,7 +219,8 @@ def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
         return None
     state = block.__dict__
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    if hooked or "forward" in state or type(block).forward is not _SHIPPED_FORWARD or block.why_not():
+    patched = type(block).forward is not _SHIPPED_FORWARD or type(block).__call__ is not nn.Module.__call__
+    if hooked or "forward" in state or patched or block.why_not():
         return None
     folded = _fold.current(block)
     return None if folded is None or folded.qkv is None or folded.fc1 is None else folded
