@@ -104,7 +104,8 @@ def fuse(
     vitkernels does not know (RMSNorm, a LoRA layer), hooks on its children or active dropout, it runs timm's forward, and
     ``explain`` says why. So it does while somebody has replaced the forward of one of timm's or PyTorch's classes in it, or a
     function that these call (``torch.nn.functional.scaled_dot_product_attention``, ``linear``, ``layer_norm``, ``gelu``,
-    ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model.
+    ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model,
+    and neither fuse nor unfuse while other threads call it.
 
     On a CPU, what ``torch.export`` and ``torch.jit`` make of the model holds PyTorch's operators alone, and loads where
     vitkernels is not installed.
