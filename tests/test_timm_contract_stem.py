@@ -14,6 +14,7 @@ from test_timm_contract_guard import HOOKS, forward_hook
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
 from torch import nn
+from torch.nn.utils import parametrize
 
 import vitkernels
 
@@ -435,3 +436,51 @@ def test_a_convolution_changed_by_hand_takes_effect(change):
             proj._conv_forward = lambda *args, original=original: 2 * original(*args)
     assert not torch.equal(stock(x), before)
     assert_same(fused(x), stock(x))
+
+
+# NaFlexVit's stem, whose fused forward sees whole images alone.
+
+
+CHANGES = {
+    "method of the instance": lambda embeds: setattr(embeds, "_apply_learned_pos_embed", lambda x, grid_size: x.add_(7.0)),
+    "parametrized positions": lambda embeds: parametrize.register_parametrization(embeds, "pos_embed", nn.Tanh()),
+    "bias that broadcasts": lambda embeds: setattr(embeds.proj, "bias", nn.Parameter(torch.ones(1))),
+}
+
+
+def naflex(kind: str) -> tuple[nn.Module, nn.Module]:
+    return stock_and_fused("naflexvit_base_patch16_gap", img_size=None, embed_proj_type=kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(change, kind) for change in CHANGES for kind in ("conv", "linear") if (change, kind) != ("bias that broadcasts", "conv")],
+)
+def test_what_is_changed_on_the_stem_of_a_naflexvit_takes_effect(change, kind):
+    stock, fused = naflex(kind)
+    x = images(size=(64, 96))
+    before = stock(x)
+    for model in (stock, fused):
+        CHANGES[change](model.embeds)
+    expected = stock(x)
+    assert not torch.equal(before, expected)
+    assert_same(fused(x), expected)
+    assert "embeds" in [module.name for module in vitkernels.explain(fused).modules]
+
+
+@pytest.mark.parametrize("patch_size", [16, None])
+def test_a_patch_size_of_a_naflexvit_that_is_no_pair_takes_effect_as_in_timm(patch_size):
+    stock, fused = naflex("conv")
+    for model in (stock, fused):
+        model.embeds.patch_size = patch_size
+    x = images()
+    assert_same(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+def test_coordinates_of_patches_may_be_of_any_dtype(dtype):
+    stock, fused = naflex("linear")
+    rows, cols = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    coordinates = torch.stack([rows, cols], -1).flatten(0, 1).expand(2, 12, 2).to(dtype)
+    patches, valid = torch.randn(2, 12, 768), torch.ones(2, 12, dtype=torch.bool)
+    assert_same(fused(patches, coordinates, valid), stock(patches, coordinates, valid))

@@ -44,10 +44,11 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     # wraps: inspect sees timm's methods.
     @functools.wraps(NaFlexEmbeds.forward)
     def forward(self, x, patch_coord=None, patch_valid=None):
-        patch_h, patch_w = self.patch_size
-        whole = patch_coord is None and x.dim() == 4 and x.shape[2] % patch_h == 0 and x.shape[3] % patch_w == 0
-        if not whole or _availability.leaves_to_pytorch(x) or self.why_not_merged() or not convolves(x, self._convolution()):
+        # Sizes are looked at last: an exported program that runs timm's forward must not depend on them.
+        apart = patch_coord is not None or _availability.leaves_to_pytorch(x) or self.why_not_merged()
+        if apart or not self._cuts_into_patches(x):
             return super().forward(x, patch_coord=patch_coord, patch_valid=patch_valid)
+        patch_h, patch_w = self.patch_size
         proj, grid = self.proj, (x.shape[2] // patch_h, x.shape[3] // patch_w)
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         tokens = patch_embed(
@@ -59,6 +60,11 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             pos_embed_prefix=False,
         )
         return self.pos_drop(tokens), grid
+
+    def _cuts_into_patches(self, x):
+        patch_h, patch_w = self.patch_size
+        whole = x.dim() == 4 and x.shape[2] % patch_h == 0 and x.shape[3] % patch_w == 0
+        return whole and convolves(x, self._convolution())
 
     def _convolution(self):
         if type(self.proj) is nn.Conv2d:
@@ -72,7 +78,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     def _apply_learned_naflex_pos_embed(self, x, patch_coord):
         if self.why_not():
             return super()._apply_learned_naflex_pos_embed(x, patch_coord)
-        sizes = [tuple(size) for size in (patch_coord.amax(dim=1) + 1).tolist()]  # (B, 2), the one synchronisation
+        # (B, 2), the one synchronisation. Coordinates may be floats, of a batch that was cast as a whole.
+        sizes = [(int(height), int(width)) for height, width in (patch_coord.amax(dim=1) + 1).tolist()]
         if len(set(sizes)) == 1:
             sizes = sizes[:1]  # and the copy is broadcast
         x += self._resampled(sizes, x.shape[1], x.dtype)
@@ -119,9 +126,13 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     def _why_not_resampled(self) -> list[str]:
         reasons = _guard.patched(_SHIPPED_POSITIONS)
+        replaced = [name for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds and name in self.__dict__]
+        reasons += [f"{name} was replaced" for name in replaced]
         positions = _guard.attribute(self, "pos_embed")
         if self.pos_embed_type != "learned":
             reasons.append(f"position embeddings are {self.pos_embed_type}, not learned")
+        elif positions is None or hasattr(type(self), "pos_embed"):  # a property, as parametrize makes one
+            reasons.append("pos_embed is not a tensor of the module's own")
         elif not _guard.plain([positions]):
             reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
@@ -132,10 +143,15 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     def _why_not_of_shape(self) -> list[str]:
         """What timm would broadcast or refuse."""
-        proj, (patch_h, patch_w) = self._modules["proj"], self.patch_size
+        proj, patch = self._modules["proj"], self.patch_size
         if type(proj) not in (nn.Linear, nn.Conv2d):
             return []
-        weight, reasons = _guard.attribute(proj, "weight"), []
+        if not isinstance(patch, tuple) or len(patch) != 2:
+            return [f"patch_size is {patch!r}, not (height, width)"]
+        patch_h, patch_w = patch
+        weight, bias, reasons = _guard.attribute(proj, "weight"), _guard.attribute(proj, "bias"), []
+        if bias is not None and bias.shape != weight.shape[:1]:
+            reasons.append(f"proj.bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
         if type(proj) is nn.Conv2d:
             reasons += why_not_plain(proj)
             fits = weight.shape[2:] == (patch_h, patch_w)
