@@ -115,11 +115,15 @@ def python_calls(call: Callable[[], object]) -> int:
         ours = code.co_filename == __file__ or (code.co_filename == stub_driver.__file__ and code.co_name == "<lambda>")
         count += event == "call" and not ours  # the stub driver's lambdas stand for functions of C
 
+    collects = gc.isenabled()
+    gc.disable()  # a collection in the middle calls finalizers of what has nothing to do with this call
     sys.setprofile(enter)
     try:
         call()
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
     return count
 
 

@@ -53,7 +53,7 @@ def lower_bound(package: str) -> str:
     return next(found[1] for line in dependencies if (found := re.match(rf"{package}>=([\d.]+),", line)))
 
 
-def test_both_stacks_run_the_whole_suite_and_todays_the_linters(checkout):
+def test_both_stacks_run_the_whole_suite_and_the_benchmark_and_todays_the_linters(checkout):
     result, ran = ci(checkout)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(".ci/run: both stacks are green\n")
@@ -72,6 +72,8 @@ def test_both_stacks_run_the_whole_suite_and_todays_the_linters(checkout):
         "floor: pip install -e .[test]",
         "floor: python - the floor",
         "floor: pytest ",
+        "floor: pip install -e .[bench]",
+        "floor: vitkernels bench --models vit_tiny_patch16_224 --batch-sizes 1 --rounds 3",
     ]
 
 
