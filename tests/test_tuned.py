@@ -290,7 +290,6 @@ def test_a_user_without_a_home_has_a_folder_for_compiled_kernels_while_the_proce
     if home == "a file":
         monkeypatch.setenv("HOME", str(tmp_path / "file"))
         tmp_path.joinpath("file").touch()
-    monkeypatch.setattr(_env, "_triton_cache", None)
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for what is set below to be undone
     monkeypatch.delenv("TRITON_HOME", raising=False)
     with caplog.at_level(logging.INFO, "vitkernels"):
@@ -298,9 +297,28 @@ def test_a_user_without_a_home_has_a_folder_for_compiled_kernels_while_the_proce
             _env.give_triton_a_cache()
     (record,) = caplog.records
     assert "compiled kernels are kept until this process ends" in record.message
-    assert Path(triton.knobs.cache.dir) == Path(_env._triton_cache.name)
-    assert Path(triton.knobs.cache.dir).is_dir()
-    _env._triton_cache.cleanup()
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    assert Path(triton.knobs.cache.dir) == folder
+    assert folder.is_dir()
+    _env._delete(str(folder), os.getpid() + 1)  # a forked child ends
+    assert folder.is_dir()
+    _env._delete(str(folder), os.getpid())
+    assert not folder.exists()
+
+
+def test_without_a_temporary_folder_either_triton_is_left_alone(monkeypatch, caplog):
+    no_home(monkeypatch)
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def none(**_):
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.mkdtemp", none)
+    with caplog.at_level("INFO", "vitkernels"):
+        _env.give_triton_a_cache()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert "no usable temporary directory" in caplog.text
 
 
 @pytest.mark.parametrize("named", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])

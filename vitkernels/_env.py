@@ -7,10 +7,12 @@
 ``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
 """
 
+import atexit
 import importlib
 import importlib.util
 import logging
 import os
+import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -63,7 +65,6 @@ def give_triton_a_cache() -> None:
     A launch would fail there: Triton takes ``~`` for a folder's name where the user has no home. A folder that the user named,
     or that exists (one that was filled before may be read-only), is left to Triton.
     """
-    global _triton_cache
     if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
         return
     home = os.path.expanduser("~")
@@ -71,14 +72,21 @@ def give_triton_a_cache() -> None:
     found = next((folder for folder in (cache, *cache.parents) if os.path.exists(folder)), cache)
     if home != "~" and (found == cache or (found.is_dir() and os.access(found, os.W_OK))):
         return
-    _triton_cache = tempfile.TemporaryDirectory(prefix="vitkernels-triton-", ignore_cleanup_errors=True)
-    os.environ["TRITON_CACHE_DIR"] = _triton_cache.name
+    try:
+        temporary = tempfile.mkdtemp(prefix="vitkernels-triton-")
+    except OSError as error:  # nor a temporary folder: whoever launches will hear of it from Triton
+        logging.getLogger("vitkernels").info("there is no folder for compiled kernels: %s", error)
+        return
+    os.environ["TRITON_CACHE_DIR"] = temporary
+    atexit.register(_delete, temporary, os.getpid())
     logging.getLogger("vitkernels").info(
         "%s cannot be made: compiled kernels are kept until this process ends; TRITON_CACHE_DIR names another folder", cache
     )
 
 
-_triton_cache: tempfile.TemporaryDirectory[str] | None = None  # deleted at exit
+def _delete(folder: str, made_by: int) -> None:
+    if os.getpid() == made_by:  # not a forked child, which ends before its parent
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def extension() -> ModuleType | None:

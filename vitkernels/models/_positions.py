@@ -69,8 +69,8 @@ class FusedPositions(VisionTransformer):
     def why_not_resampled(self) -> list[str]:
         """Reasons why timm resamples the positions; empty when ``vitkernels.ops`` does: ``grid_size`` says what they are."""
         positions, grid = _guard.attribute(self, "pos_embed"), getattr(self.patch_embed, "grid_size", None)
-        if hasattr(type(self), "pos_embed") or not isinstance(positions, torch.Tensor):
-            return ["pos_embed is not a tensor of the model's own"]
+        if own := _guard.why_not_own(self, "pos_embed"):
+            return own
         num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
         if grid is None or positions.dim() != 3 or positions.shape[:2] != (1, num_positioned + grid[0] * grid[1]):
             return [f"pos_embed of shape {tuple(positions.shape)} is not {num_positioned} tokens and a grid of {grid}"]

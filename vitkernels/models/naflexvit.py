@@ -131,8 +131,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         positions = _guard.attribute(self, "pos_embed")
         if self.pos_embed_type != "learned":
             reasons.append(f"position embeddings are {self.pos_embed_type}, not learned")
-        elif positions is None or hasattr(type(self), "pos_embed"):  # a property, as parametrize makes one
-            reasons.append("pos_embed is not a tensor of the module's own")
+        elif own := _guard.why_not_own(self, "pos_embed"):
+            reasons += own
         elif not _guard.plain([positions]):
             reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
@@ -159,10 +159,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             fits = weight.shape[1] == patch_h * patch_w * self.in_chans
         if not fits:
             reasons.append(f"proj.weight has shape {tuple(weight.shape)}, and patches are {patch_h}x{patch_w}")
-        for name in ("cls_token", "reg_token"):
-            token = _guard.attribute(self, name)
-            if token is not None and (token.dim() != 3 or token.shape[0] != 1 or token.shape[2] != weight.shape[0]):
-                reasons.append(f"{name} has shape {tuple(token.shape)}, not (1, P, {weight.shape[0]})")
+        reasons += _guard.why_not_prefix(self, weight.shape[0])
         positions = _guard.attribute(self, "pos_embed")
         if positions is not None and positions.shape[-1] != weight.shape[0]:
             reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {weight.shape[0]}")

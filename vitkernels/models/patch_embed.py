@@ -181,26 +181,19 @@ class FusedVisionTransformer(FusedPositions):
     def _why_not_of_shape(self, stem: FusedPatchEmbed) -> list[str]:
         """What timm would broadcast, resample by another rule, or refuse."""
         positions, weight = _guard.attribute(self, "pos_embed"), _guard.attribute(stem._modules["proj"], "weight")
-        width, num_prefix, reasons = weight.shape[0], 0, []
-        for name in ("cls_token", "reg_token", "pos_embed"):  # a number, or a property, as parametrize makes one
-            value = _guard.attribute(self, name)
-            if hasattr(type(self), name) or not (value is None or isinstance(value, Tensor)):
-                return [f"{name} is not a tensor of the model's own"]
-        for name in ("cls_token", "reg_token"):
-            token = _guard.attribute(self, name)
-            if token is None:
-                continue
-            if token.dim() != 3 or token.shape[0] != 1 or token.shape[2] != width:
-                reasons.append(f"{name} has shape {tuple(token.shape)}, not (1, P, {width})")
-            else:
-                num_prefix += token.shape[1]
+        width = weight.shape[0]
+        reasons = _guard.why_not_prefix(self, width) + _guard.why_not_own(self, "pos_embed")
+        if reasons:
+            return reasons
         if positions is not None and self.dynamic_img_size:
             reasons += self.why_not_resampled()
             if positions.shape[-1] != width:
                 reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {width}")
         elif positions is not None:
             patches = (stem.img_size[0] // weight.shape[2]) * (stem.img_size[1] // weight.shape[3])
-            shape = (1, patches + (0 if self.no_embed_class else num_prefix), width)
+            prefix = [t for t in (_guard.attribute(self, name) for name in ("cls_token", "reg_token")) if t is not None]
+            num_positioned = 0 if self.no_embed_class else sum(token.shape[1] for token in prefix)
+            shape = (1, patches + num_positioned, width)
             if positions.shape != shape:
                 reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not {shape}")
         return reasons
