@@ -93,6 +93,42 @@ def test_unfuse_gives_the_original_classes_back():
     assert vk.unfuse(model) is model
 
 
+BOUND = ["forward_features", "forward_intermediates", "_pos_embed", "set_input_size"]
+
+
+def bind_methods(model):
+    """As accelerate's hooks do: each module's ``forward`` on the instance is a wrapper of the method found there."""
+
+    def wrapper(method):
+        return lambda *args, **kwargs: method(*args, **kwargs)
+
+    for module in model.modules():
+        module.forward = wrapper(module.forward)
+        for name in BOUND:
+            if hasattr(module, name):
+                setattr(module, name, wrapper(getattr(module, name)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "dynamic", "inference", "attention pooling", "NaFlexVit"])
+def test_methods_that_were_bound_before_unfuse_are_timms_after_it(kind):
+    naflex = {"num_classes": 5, "embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
+    model = {
+        "attention pooling": siglip,
+        "NaFlexVit": lambda: timm.create_model("naflexvit_base_patch16_gap", **naflex).eval(),
+    }.get(kind, lambda: small(dynamic_img_size=kind == "dynamic"))()
+    stock = copy.deepcopy(model)
+    vk.fuse(model, inference=kind == "inference")
+    bind_methods(model)
+    vk.unfuse(model)
+    assert torch.equal(model(IMAGES), stock(IMAGES))
+    if hasattr(model, "set_input_size"):
+        for either in (model, stock):
+            either.set_input_size(img_size=(64, 48))
+        images = torch.randn(2, 3, 64, 48)
+        assert torch.equal(model(images), stock(images))
+        assert torch.equal(model.forward_intermediates(images)[0], stock.forward_intermediates(images)[0])
+
+
 def test_fusing_twice_is_harmless():
     model = vk.fuse(small())
     once = outputs_and_gradients(model, IMAGES)

@@ -203,6 +203,40 @@ def test_a_replaced_function_of_torch_takes_effect(name, monkeypatch):
     assert_same(fused(x), expected)
 
 
+NAMESPACES = {
+    "timm.layers.attention": "scaled_dot_product_attention",
+    "timm.layers.norm": "layer_norm",
+    "timm.layers.activations": "gelu",
+    "torch.nn.modules.linear": "linear",
+    "torch.nn.modules.conv": "conv2d",
+    "torch.nn.modules.dropout": "dropout",
+}
+
+
+@pytest.mark.parametrize("module", NAMESPACES)
+def test_functions_replaced_for_one_module_take_effect(module, monkeypatch):
+    """By another ``F`` in ``timm.layers.attention``, say, which leaves ``torch.nn.functional`` as it is."""
+    stock, fused = stock_and_fused(act_layer=GELU)
+    x, name = images(), NAMESPACES[module]
+    before = stock(x)
+    changed = {name: lambda *args, **kwargs: 1.5 * getattr(F, name)(*args, **kwargs)}
+    monkeypatch.setattr(sys.modules[module], "F", types.SimpleNamespace(**{**vars(F), **changed}))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused(x), expected)
+
+
+def test_interpolation_replaced_for_timms_positions_takes_effect(monkeypatch):
+    stock, fused = stock_and_fused(dynamic_img_size=True)
+    x = images(2, (96, 64))
+    before = stock(x)
+    changed = {"interpolate": lambda *args, **kwargs: F.interpolate(*args, **{**kwargs, "antialias": False})}
+    monkeypatch.setattr(sys.modules["timm.layers.pos_embed"], "F", types.SimpleNamespace(**{**vars(F), **changed}))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert torch.equal(fused(x), expected)
+
+
 def test_a_replaced_interpolation_takes_effect_on_positions(monkeypatch):
     """As users do whose ONNX exporter has no antialiasing."""
     stock, fused = stock_and_fused(dynamic_img_size=True)

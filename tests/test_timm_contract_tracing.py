@@ -123,7 +123,10 @@ def test_timms_feature_extractor_is_bitwise_equal_from_call_to_call():
     assert_same(first["norm"], stock.forward_features(x))
 
 
-@pytest.mark.parametrize("arguments", [{"init_values": 0.1}, {}, {"class_token": False, "global_pool": "avg"}])
+NODES = [{"init_values": 0.1}, {}, {"class_token": False, "global_pool": "avg"}, {"qk_norm": True}]
+
+
+@pytest.mark.parametrize("arguments", NODES)
 @pytest.mark.parametrize("node", ["patch_embed", "blocks.0.mlp", "blocks.0.attn", "blocks.1.norm1"])
 def test_a_feature_extractor_gives_timms_numbers_or_does_not_know_the_node(node, arguments):
     stock, fused = stock_and_fused(**arguments)
@@ -136,6 +139,12 @@ def test_a_feature_extractor_gives_timms_numbers_or_does_not_know_the_node(node,
     else:
         with pytest.raises(ValueError, match="is not present in model"):
             create_feature_extractor(fused, {node: "node"})
+
+
+@pytest.mark.filterwarnings("ignore:NOTE:UserWarning")
+def test_a_feature_extractor_of_a_model_in_training_does_not_take_our_draw_for_drop_paths_output():
+    fused = stock_and_fused(drop_path_rate=0.5, init_values=0.1)[1].train()
+    assert not any(name.startswith("blocks.1.drop_path1") for name in get_graph_node_names(fused)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"inference": True}, {"input": "uint8"}])

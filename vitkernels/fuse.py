@@ -108,7 +108,8 @@ def fuse(
     and neither fuse nor unfuse while other threads call it.
 
     On a CPU, what ``torch.export`` and ``torch.jit`` make of the model holds PyTorch's operators alone, and loads where
-    vitkernels is not installed.
+    vitkernels is not installed. In a graph of ``torch.fx`` that is traced where kernels run, a block is a few operators: a
+    feature extractor can ask for the outputs of blocks there, and not for those of the layers inside.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.

@@ -6,10 +6,12 @@ forward when something is found. Nothing is cached: attributes are read straight
 costs 12 us a block and can never be stale.
 """
 
+import sys
 from collections.abc import Iterable
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -123,8 +125,11 @@ def _describe(child: nn.Module | None) -> str:
 
 
 def shipped_forwards(owner: type[nn.Module], *parts: tuple[str, tuple[type, ...]]) -> Shipped:
-    """The ``forward`` of ``owner`` and of every accepted class, as their own modules define it."""
-    return shipped(*((cls, "forward") for cls in dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)])))
+    """The ``forward`` of ``owner`` and of every accepted class, as their own modules define it, and the ``F`` that it reads."""
+    classes = list(dict.fromkeys([owner, *(cls for _, accepted in parts for cls in accepted)]))
+    forwards = shipped(*((cls, "forward") for cls in classes))
+    modules = dict.fromkeys(sys.modules[cls.__module__] for cls in classes)
+    return forwards + shipped(*((module, "F") for module in modules if hasattr(module, "F")))
 
 
 def shipped(*names: tuple[type | ModuleType, str]) -> Shipped:
@@ -155,6 +160,8 @@ def _as_defined(owner: Any, name: str) -> bool:
     """Is ``owner.name`` the function that the source of its class or module defines under this name?"""
     definer = next(cls for cls in owner.__mro__ if name in cls.__dict__) if isinstance(owner, type) else owner
     function = definer.__dict__[name]
+    if name == "F":
+        return function is torch.nn.functional
     if isinstance(function, BuiltinFunctionType):
         return function.__name__ == name
     while _is_transparent(function):

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.fx
 import torch.nn.functional as F
+from timm.layers import pos_embed as timm_pos_embed
 from timm.layers import resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
 from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
@@ -19,7 +20,7 @@ from . import _guard
 
 torch.fx.wrap("resample_pos_embed")
 
-_SHIPPED_RESAMPLING = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (F, "interpolate"))
+_SHIPPED_RESAMPLING = _guard.shipped((timm_vit, "resample_abs_pos_embed"), (timm_pos_embed, "F"), (F, "interpolate"))
 _SHIPPED = _SHIPPED_RESAMPLING + _guard.shipped((VisionTransformer, "_pos_embed"))
 _SHIPPED_RESIZE = _SHIPPED_RESAMPLING + _guard.shipped((VisionTransformer, "set_input_size"))
 # timm before 1.0.29 leaves a table of 2x8 positions as it is for 4x4 patches, another grid of as many tokens.
@@ -35,6 +36,8 @@ class FusedPositions(VisionTransformer):
     # wraps: inspect and TorchScript, which compiles source, see timm's methods. Replaced ones may take other arguments.
     @functools.wraps(VisionTransformer._pos_embed)
     def _pos_embed(self, x, *args, **kwargs):
+        if not isinstance(self, FusedPositions):  # unfused since this method was bound
+            return VisionTransformer._pos_embed(self, x, *args, **kwargs)
         apart = not self.dynamic_img_size or self.pos_embed is None or args or kwargs
         if apart or self.why_not_resampled() or _guard.patched(_SHIPPED):
             return super()._pos_embed(x, *args, **kwargs)
@@ -51,6 +54,8 @@ class FusedPositions(VisionTransformer):
 
     @functools.wraps(VisionTransformer.set_input_size)
     def set_input_size(self, *args, **kwargs):
+        if not isinstance(self, FusedPositions):  # as above
+            return VisionTransformer.set_input_size(self, *args, **kwargs)
         if self.pos_embed is None or self.why_not_resampled() or _guard.patched(_SHIPPED_RESIZE):
             return super().set_input_size(*args, **kwargs)
         pos_embed, old_size = self.pos_embed, self.patch_embed.grid_size

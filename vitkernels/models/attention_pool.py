@@ -32,8 +32,8 @@ class FusedAttentionPool(AttentionPoolLatent):
     # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(AttentionPoolLatent.forward)
     def forward(self, x, *args, **kwargs):
-        if self.why_not():
-            return super().forward(x, *args, **kwargs)
+        if not isinstance(self, FusedAttentionPool) or self.why_not():  # unfused since this method was bound
+            return AttentionPoolLatent.forward(self, x, *args, **kwargs)
         return self.fused(x, *args, **kwargs)
 
     def fused(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:

@@ -82,6 +82,8 @@ class FusedBlock(Block):
     # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(Block.forward)
     def forward(self, x, *args, **kwargs):
+        if not isinstance(self, FusedBlock):  # this method outlives unfuse in a wrapper that has bound it, as accelerate's does
+            return Block.forward(self, x, *args, **kwargs)
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
         if (_availability.leaves_to_pytorch(_guard.example(self, x)) and not self.recompute_mlp) or self.why_not():
@@ -120,7 +122,8 @@ class FusedBlock(Block):
             del packed
         else:
             q, k, v = packed.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)  # (B, N, H, Dh) each
-            heads = attention(q_norm(q), k_norm(k), v, attn_mask, is_causal)
+            # Not called as modules: in a graph of torch.fx the last one would pass for the output of attn.
+            heads = attention(q_norm.forward(q), k_norm.forward(k), v, attn_mask, is_causal)
         weight, bias, gamma = _scaled(attn.proj, self.ls1, folded and folded.proj)
         fc2_weight, fc2_bias, fc2_gamma = _scaled(fc2, self.ls2, folded and folded.fc2)
         dropped, fc2_dropped = _draw(self.drop_path1, heads, gamma), _draw(self.drop_path2, heads, fc2_gamma)
@@ -180,9 +183,9 @@ class FusedBlocks(nn.Sequential):
 
     @functools.wraps(nn.Sequential.forward)
     def forward(self, input):
-        # torch.fx traces with a proxy
-        if not isinstance(input, Tensor) or _availability.leaves_to_pytorch(input) or _guard.patched(_SHIPPED_SEQUENTIAL):
-            return super().forward(input)
+        ours = isinstance(self, FusedBlocks) and isinstance(input, Tensor)  # unfused since it was bound; a proxy of torch.fx
+        if not ours or _availability.leaves_to_pytorch(input) or _guard.patched(_SHIPPED_SEQUENTIAL):
+            return nn.Sequential.forward(self, input)
         x, statistics, folded = input, None, None
         del input
         blocks = list(self._modules.values())
@@ -281,7 +284,7 @@ def _draw(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor 
     The module draws, in the branch's dtype, so that the random stream is timm's.
     """
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0:
-        return drop_path(ones(branch, gamma))
+        return drop_path.forward(ones(branch, gamma))  # not called as a module: its output is another than timm's
     return None
 
 

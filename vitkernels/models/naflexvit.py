@@ -44,6 +44,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     # wraps: inspect sees timm's methods.
     @functools.wraps(NaFlexEmbeds.forward)
     def forward(self, x, patch_coord=None, patch_valid=None):
+        if not isinstance(self, FusedNaFlexEmbeds):  # unfused since this method was bound
+            return NaFlexEmbeds.forward(self, x, patch_coord=patch_coord, patch_valid=patch_valid)
         # Sizes are looked at last: an exported program that runs timm's forward must not depend on them.
         apart = patch_coord is not None or _availability.leaves_to_pytorch(x) or self.why_not_merged()
         if apart or not self._cuts_into_patches(x):

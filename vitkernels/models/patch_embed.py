@@ -42,6 +42,8 @@ class FusedPatchEmbed(PatchEmbed):
     # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(PatchEmbed.forward)
     def forward(self, x, *args, **kwargs):
+        if not isinstance(self, FusedPatchEmbed):  # unfused since this method was bound
+            return PatchEmbed.forward(self, x, *args, **kwargs)
         if type(x) is _Images:
             return _Embedded(x.model.embed(x.pixels))
         # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
@@ -149,19 +151,17 @@ class FusedVisionTransformer(FusedPositions):
 
     @functools.wraps(timm_vit.VisionTransformer.forward_features)
     def forward_features(self, x, *args, **kwargs):
-        return timm_vit.VisionTransformer.forward_features(self, self._to_merge(x), *args, **kwargs)
+        return timm_vit.VisionTransformer.forward_features(self, _to_merge(self, x), *args, **kwargs)
 
     @functools.wraps(timm_vit.VisionTransformer.forward_intermediates)
     def forward_intermediates(self, x, *args, **kwargs):
-        return timm_vit.VisionTransformer.forward_intermediates(self, self._to_merge(x), *args, **kwargs)
+        return timm_vit.VisionTransformer.forward_intermediates(self, _to_merge(self, x), *args, **kwargs)
 
     @functools.wraps(timm_vit.VisionTransformer._pos_embed)
     def _pos_embed(self, x, *args, **kwargs):
+        if not isinstance(self, FusedVisionTransformer):  # unfused since this method was bound
+            return timm_vit.VisionTransformer._pos_embed(self, x, *args, **kwargs)
         return x.tokens if type(x) is _Embedded else super()._pos_embed(x, *args, **kwargs)
-
-    def _to_merge(self, x):
-        # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for.
-        return x if isinstance(x, torch.fx.Proxy) or self.why_not_merged() else _Images(x, self)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call would add prefix tokens and positions in timm's own steps; empty when one operator does."""
@@ -230,6 +230,13 @@ class _Embedded(NamedTuple):
     """Tokens that have them."""
 
     tokens: Tensor
+
+
+def _to_merge(model, x):
+    # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for. A model may have been
+    # unfused since its method was bound.
+    apart = isinstance(x, torch.fx.Proxy) or not isinstance(model, FusedVisionTransformer) or model.why_not_merged()
+    return x if apart else _Images(x, model)
 
 
 _SHIPPED_STEPS = _guard.shipped(
