@@ -79,12 +79,14 @@ def test_constant_rows_have_an_rstd_of_zero(dtype, config, monkeypatch):
     """So that the folded product gives exactly the bias. Columns as in six and in three tiles."""
     if config == "reference":
         monkeypatch.setattr("vitkernels._env.INTERPRETING", False)
-    residual = torch.tensor([1e-3, 1.0, 1000.3, 40000.3, -7.7]).to(dtype)[:, None].repeat(1, 384)
-    nothing = torch.zeros(5, 64, dtype=dtype), torch.zeros(384, 64, dtype=dtype), None, None
+    largest = [1e37, -3e38] if dtype == torch.bfloat16 else [-65504.0]
+    residual = torch.tensor([1e-3, 1.0, 1000.3, 40000.3, -7.7, *largest]).to(dtype)[:, None].repeat(1, 384)
+    rows = len(residual)
+    nothing = torch.zeros(rows, 64, dtype=dtype), torch.zeros(384, 64, dtype=dtype), None, None
     y, mean, rstd = with_statistics(CONFIGS.get(config), *nothing, residual, 1e-12)
     assert torch.equal(y, residual)
     assert torch.equal(mean, residual[:, 0].float())
-    assert torch.equal(rstd, torch.zeros(5))
+    assert torch.equal(rstd, torch.zeros(rows))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

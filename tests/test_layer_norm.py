@@ -8,6 +8,7 @@ from helpers import (
     ON_GPU,
     SPREADS,
     assert_matches_reference,
+    assert_within_budget,
     flat_rows,
     hostile_rows,
     outputs_and_gradients,
@@ -126,6 +127,20 @@ def test_nearly_constant_rows_are_within_budget(width, spread, dtype):
                 return vk.reference.layer_norm(*args, eps=eps)
 
             assert_matches_reference(kernel, reference, inputs, [dy], step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [17, 1000])
+def test_gradients_are_within_budget_where_mean_times_rstd_is_infinite(width, dtype):
+    """Constant rows of 2^121 have an rstd of 1000, and PyTorch has NaN there. The oracle, rounded, takes its place.
+
+    It needs a power of two: of 17 times 3e36 even the float64 mean errs by 1e20, which passes for variance.
+    """
+    inputs, dy = [torch.full((3, width), 2.0**121, dtype=dtype), *parameters(width, dtype)], torch.randn(3, width).to(dtype)
+    got = outputs_and_gradients(kernel_layer_norm, inputs, [dy])
+    oracle = outputs_and_gradients(vk.reference.layer_norm, [t.double() for t in inputs], [dy])
+    for name, tensor in got.items():
+        assert_within_budget(name, tensor, oracle[name].to(dtype), oracle[name])
 
 
 @pytest.mark.parametrize("which", ["neither", "weight only", "bias only"])

@@ -83,7 +83,7 @@ def _combine_moments_kernel(
     offsets = (tile.to(tl.int64) * 2 * num_rows)[:, None] + rows[None, :]
     means = tl.load(moments_ptr + offsets, mask=mask, other=0.0)
     squares = tl.load(moments_ptr + num_rows + offsets, mask=mask, other=0.0)
-    first = tl.sum(means, axis=0) / tiles
+    first = tl.sum(means * (1.0 / tiles), axis=0)  # of quotients, so that it does not overflow
     distance = tl.where(mask, means - first[None, :], 0.0)
     rest = tl.div_rn(tl.sum(distance, axis=0), tiles * 1.0)
     distance = tl.where(mask, distance - rest[None, :], 0.0)

@@ -177,7 +177,8 @@ def _layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
         # Eq. (4). Where channels differ by single ulps, the rounding of the saved mean shows here, as in PyTorch's backward.
-        x_hat = (s - mean[:, None]) * rstd[:, None]  # beyond D not zero, but every use is times dy or g
+        # The mean is taken as 0 beyond D, where s is 0, so that x_hat is 0 there too and not infinite, which times g is NaN.
+        x_hat = (s - tl.where(mask, mean[:, None], 0.0)) * rstd[:, None]
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if dweight_ptr is not None:
             dweight += dy * x_hat  # eq. (8)

