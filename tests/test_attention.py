@@ -1,6 +1,7 @@
 """attention and attention_qkv: reference, operators' contract, autograd, wiring. The kernels: test_attention_kernels.py."""
 
 import importlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -397,8 +398,12 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
             "scale must be a number, got one that requires a gradient",
         ),
         (lambda: vk.ops.attention_qkv(QKV, scale=[0.5]), TypeError, "scale must be a number, got list"),
-        (lambda: vk.ops.attention(Q, Q, Q, max_seqlen=7.0), TypeError, "max_seqlen must be an integer, got float"),
-        (lambda: vk.ops.attention_qkv(QKV, max_seqlen="7"), TypeError, "max_seqlen must be an integer, got str"),
+        (lambda: vk.ops.attention(Q, Q, Q, scale=10**400), ValueError, "scale must be a number that a float can hold"),
+        (lambda: vk.ops.attention(Q, Q, Q, max_seqlen=7.0), TypeError, "max_seqlen must be an integer, got 7.0"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen="7"), TypeError, "max_seqlen must be an integer, got '7'"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=CU), TypeError, r"max_seqlen must be an integer, got tensor\(\[0, 5\]"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=True), TypeError, "max_seqlen must be an integer, got True"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=2**63), ValueError, "max_seqlen must be an integer of 64 bits"),
         (lambda: vk.ops.attention_qkv(Q), ValueError, r"qkv must have shape \(B, N, 3, H, Dh\)"),
         (lambda: vk.ops.attention_qkv([Q]), TypeError, "qkv must be a Tensor, got list"),
     ],
@@ -408,10 +413,15 @@ def test_wrong_arguments_are_named(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("number", [1, 0.5, torch.tensor(0.5), np.float32(0.5)], ids=["int", "float", "tensor", "numpy"])
-def test_a_scale_is_any_number(number):
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize(
+    "number",
+    [1, 0.5, torch.tensor(0.5), np.float32(0.5), Fraction(1, 2)],
+    ids=["int", "float", "tensor", "numpy", "fraction"],
+)
+def test_a_scale_is_any_number(number, backend):
     q = torch.randn(2, 5, 3, 16)
-    with vk.backend("fused"):
+    with vk.backend(backend):
         assert torch.equal(vk.ops.attention(q, q, q, scale=number), vk.ops.attention(q, q, q, scale=float(number)))
 
 

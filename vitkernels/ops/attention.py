@@ -1,7 +1,6 @@
 """Softmax attention over tokens-major heads, dense or packed. Parts as in ``layer_norm.py``."""
 
 import itertools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -250,7 +249,7 @@ def attention(
         for name, t in (("k", k), ("v", v)):
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
-    _check_numbers(op, scale, max_seqlen)
+    scale, max_seqlen = _check_numbers(op, scale, max_seqlen)
     if not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
         return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     q, k, v = (_autocast(t) for t in (q, k, v))
@@ -283,7 +282,7 @@ def attention_qkv(
     if cu_seqlens is not None or bias is not None:
         q, k, _ = qkv.unbind(-3)
         _check_masks(op, q, k, bias, cu_seqlens)
-    _check_numbers(op, scale, max_seqlen)
+    scale, max_seqlen = _check_numbers(op, scale, max_seqlen)
 
     def reasons() -> list[str]:
         q, k, v = qkv.unbind(-3)
@@ -317,11 +316,12 @@ def _numbers(q: Tensor, max_seqlen: int | None, scale: float | None) -> tuple[in
     return max_seqlen or 0, q.shape[-1] ** -0.5 if scale is None else float(scale), allow_tf32
 
 
-def _check_numbers(op: str, scale: float | None, max_seqlen: int | None) -> None:
+def _check_numbers(op: str, scale: float | None, max_seqlen: int | None) -> tuple[float | None, int | None]:
     if scale is not None:
-        _check.number(op, "scale", scale)
+        scale = _check.number(op, "scale", scale)
     if max_seqlen is not None:
-        _check.number(op, "max_seqlen", max_seqlen, numbers.Integral)
+        max_seqlen = _check.integer(op, "max_seqlen", max_seqlen)
+    return scale, max_seqlen
 
 
 def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:
