@@ -87,6 +87,24 @@ def test_no_image_at_all_is_an_empty_pack():
     assert vk.ops.attention_qkv(heads(0, 3, 2, 16), cu_seqlens=torch.zeros(1, dtype=torch.int32)).shape == (0, 2, 16)
 
 
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_without_an_image_queries_keys_and_values_get_empty_gradients(backend):
+    q, k, v = (heads(0, 2, 16).requires_grad_() for _ in range(3))
+    with vk.backend(backend):
+        out = vk.ops.attention(q, k, v, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    assert out.shape == q.shape
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_the_reference_without_an_image_gives_zeros_and_zero_gradients(tokens):
+    q, k, v = (heads(tokens, 2, 16).requires_grad_() for _ in range(3))
+    out = vk.reference.attention(q, k, v, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(out, torch.zeros(tokens, 2, 16))
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.randn(tokens, 2, 16)):
+        assert torch.equal(gradient, torch.zeros(tokens, 2, 16))
+
+
 @pytest.mark.parametrize("ends", [[0, 5, 12], [0, 5, 12, 15], [0, 0], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_tokens_of_no_packed_image_give_zeros_and_get_no_gradient(ends, dtype):
@@ -427,5 +445,8 @@ def test_a_scale_is_any_number(number, backend):
 
 @pytest.mark.parametrize("ends", [[0, 5, 3], [2, 5], [-1, 5], [0, 6], [3, 2]], ids=str)
 def test_the_reference_names_lengths_that_are_no_ends_of_images(ends):
-    with vk.backend("reference"), pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to at most 5, the tokens"):
-        vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    cu_seqlens, message = torch.tensor(ends, dtype=torch.int32), ": cu_seqlens must ascend from 0 to at most 5, the tokens"
+    with vk.backend("reference"), pytest.raises(ValueError, match="^attention" + message):
+        vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=cu_seqlens)
+    with vk.backend("reference"), pytest.raises(ValueError, match="^attention_qkv" + message):
+        vk.ops.attention_qkv(QKV[0].expand(5, 3, 3, 16), cu_seqlens=cu_seqlens)

@@ -45,11 +45,15 @@ def vector(op: str, name: str, value: Tensor | None, size: int) -> None:
 
 def broadcastable(op: str, name: str, value: Tensor, full: tuple[int, ...]) -> None:
     """``value`` broadcasts to shape ``full`` without enlarging it."""
-    sizes = tuple(value.shape)
-    if len(sizes) > len(full) or any(
-        size not in (1, want) for size, want in zip(reversed(sizes), reversed(full), strict=False)
-    ):
-        raise ValueError(f"{op}: {name} must broadcast to {full}, got {sizes}")
+    if not broadcasts(tuple(value.shape), full):
+        raise ValueError(f"{op}: {name} must broadcast to {full}, got {tuple(value.shape)}")
+
+
+def broadcasts(sizes: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Does shape ``sizes`` broadcast to ``full`` without enlarging it?"""
+    return len(sizes) <= len(full) and all(
+        size in (1, want) for size, want in zip(reversed(sizes), reversed(full), strict=False)
+    )
 
 
 def last_dim(op: str, name: str, value: Tensor) -> int:

@@ -200,6 +200,20 @@ class _AttentionQKV(torch.autograd.Function):
 # 4. The public functions.
 
 
+def takes_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Is ``mask`` None, or one that ``scaled_dot_product_attention`` takes in any case? Operators take a bias of more kinds.
+
+    Of the others PyTorch refuses most, and some only where no gradient is recorded: they are for its own operator.
+    """
+    if mask is None:
+        return True
+    cast = _select.autocast_dtype(q) is not None and q.dtype != torch.float64
+    dtypes = (torch.bool, *KERNEL_DTYPES) if cast else (torch.bool, torch.float32, q.dtype)
+    if not isinstance(mask, Tensor) or mask.dtype not in dtypes or mask.dim() < 2:
+        return False
+    return _check.broadcasts(tuple(mask.shape), (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -216,9 +230,10 @@ def attention(
         q: (B, N, H, Dh), any strides; (total, H, Dh) with ``cu_seqlens``.
         k, v: (B, M, H, Dh) of ``q``'s dtype; (total, H, Dh) with ``cu_seqlens``.
         scale: default ``Dh ** -0.5``.
-        bias: additive, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a row that masks every
-            key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean of ``v``, as in
-            timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with ``cu_seqlens``.
+        bias: additive, of any float dtype, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a
+            row that masks every key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean
+            of ``v``, as in timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with
+            ``cu_seqlens``.
         cu_seqlens: int32 (B + 1,), ascending from 0, never beyond total: image b owns rows
             ``cu_seqlens[b]:cu_seqlens[b + 1]``, and attends to itself only. A length may be 0. Rows from ``cu_seqlens[-1]``
             on belong to no image (a batch padded to a fixed total): whatever they hold, their output and gradients are 0.
