@@ -398,6 +398,11 @@ X, W = torch.zeros(2, 8), torch.zeros(8)
         (lambda: vk.ops.add_layer_norm(X, None), TypeError, "residual must be a Tensor"),
         (lambda: vk.ops.add_layer_norm(X, X, layer_scale=W[:4]), ValueError, r"layer_scale must have shape \(8\)"),
         (lambda: vk.backend("fast"), ValueError, "backend must be one of auto, fused, reference, got 'fast'"),
+        (
+            lambda: vk.backend(np.array(["auto", "fused"])),
+            ValueError,
+            "backend must be one of auto, fused, reference, got array",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -528,6 +529,28 @@ def test_sizes_that_torch_jit_trace_records_follow_the_input(argument):
     if _env.EXTENSION is not None:
         with vk.backend("fused"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace records these sizes"):
             torch.jit.trace(call, (x, posemb))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_on_a_cpu_records_pytorchs_operators(mode, pre_dispatch, trained):
+    def resampled(posemb):
+        return vk.ops.resample_pos_embed(posemb, (6, 5)), vk.ops.resample_pos_embed_many(posemb, [(3, 2)], (4, 4), 1)
+
+    posemb = table((4, 4), 1).requires_grad_(trained)
+    graph = make_fx(resampled, tracing_mode=mode, pre_dispatch=pre_dispatch)(posemb)
+    assert [node.target for node in graph.graph.nodes if "vitkernels" in str(node.target)] == []
+    for got, expected in zip(graph(posemb), resampled(posemb), strict=True):
+        assert_close(got, expected)
+
+
+@needs_extension
+def test_make_fx_records_the_kernel_that_a_caller_asks_for():
+    with vk.backend("fused"):
+        graph = make_fx(lambda posemb: vk.ops.resample_pos_embed(posemb, (6, 5)))(table((4, 4), 1))
+    assert "vitkernels.resample_pos_embed_fwd" in str(graph.graph)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])

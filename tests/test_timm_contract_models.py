@@ -1,6 +1,7 @@
 """timm's models, fused: architectures and their options, image sizes, NaFlex batches, masks."""
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -249,6 +250,25 @@ def test_naflexvit_with_a_padded_batch(case):
 def test_naflexvit_with_images():
     stock, fused = stock_and_fused("naflexvit_base_patch16_gap", img_size=None)
     assert_runs_fused(fused, stock, images(size=(64, 96)))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh", "bogus", "", None, 1], ids=repr)
+def test_an_approximation_of_gelu_takes_effect_or_is_refused_as_in_timm(approximate):
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        for block in model.blocks:
+            block.mlp.act = nn.GELU()
+            block.mlp.act.approximate = approximate
+    x = images()
+    try:
+        expected = stock(x)
+    except (RuntimeError, TypeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            fused(x)
+        assert "approximates by" in vitkernels.explain(fused).modules[-1].state
+    else:
+        assert_runs_fused(fused, stock, x)
+        assert_same(fused(x), expected)
 
 
 # Masks.

@@ -45,7 +45,7 @@ class backend(_settings.Override):
     """
 
     def __init__(self, name: str) -> None:
-        if name not in _env.BACKENDS:
+        if not isinstance(name, str) or name not in _env.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_env.BACKENDS)}, got {name!r}")
         super().__init__("backend", name)
         self.name = name

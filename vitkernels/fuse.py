@@ -148,9 +148,9 @@ def fuse(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must not be a {type(model).__name__}, whose forward is compiled already: fuse before torch.jit")
     report = explain(model)
-    if recompute not in RECOMPUTE:
+    if not isinstance(recompute, (str, type(None))) or recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
-    if input not in INPUTS:
+    if not isinstance(input, str) or input not in INPUTS:
         raise ValueError(f"input must be one of {', '.join(map(repr, INPUTS))}, got {input!r}")
     from .models import FusedBlock, fuse_classes, set_inference, set_pixel_statistics, set_recompute_mlp, undone_on_error
 
@@ -193,7 +193,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        RuntimeError: FSDP has changed the classes of fused modules.
+        RuntimeError: something else, as FSDP or ``torch.nn.utils.parametrize``, has changed the class of a fused module.
     """
     _check_module(model)
     from .models import set_inference, set_recompute_mlp, undone_on_error, unfuse_classes

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 
 from .. import _env, _select
 from ..reference import pos_embed as reference
@@ -187,11 +188,20 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
 
 def _records_a_program() -> bool:
     """Is this call recorded to be saved, and so to run where there may be no vitkernels?"""
-    return reference.exporting() or _jit_tracing()
+    return reference.exporting() or _jit_tracing() or _fx_tracing()
 
 
 def _jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def _fx_tracing() -> bool:
+    """Does ``make_fx`` record? Also for ``aot_module``, but not under ``torch.compile``, whose graphs stay in this process."""
+    # make_fx is a mode of one kind or of the other. Without any, which is quickly seen, nothing is asked.
+    watched = not torch.compiler.is_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    )
+    return watched and proxy_tensor.get_proxy_mode() is not None
 
 
 def _why_not_traced(*sizes: Any) -> list[str]:
