@@ -56,11 +56,28 @@ def test_minus_infinity_masks_keys_and_a_fully_masked_row_gives_zeros_and_zero_g
     assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
 
 
-def test_a_row_masked_by_finfo_min_gives_the_mean_of_v_as_in_timm():
-    q, k, v = (heads(1, 5, 2, 16) for _ in range(3))
-    bias = torch.full((1, 1, 5, 5), torch.finfo(torch.float32).min)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_row_masked_by_finfo_min_gives_the_mean_of_v_as_in_timm(backend, dtype, wide):
+    q, k, v = (heads(1, 5, 2, 16).to(dtype) for _ in range(3))
+    bias = torch.full((1, 1, 5, 5), torch.finfo(wide).min, dtype=wide)
     expected = v.mean(1, keepdim=True).expand_as(v)
-    torch.testing.assert_close(vk.ops.attention(q, k, v, bias=bias), expected, atol=1e-6, rtol=1e-6)
+    step = max(1e-6, torch.finfo(dtype).eps)
+    with vk.backend(backend):
+        torch.testing.assert_close(vk.ops.attention(q, k, v, bias=bias), expected, atol=step, rtol=step)
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_bias_is_of_any_dtype_under_autocast(dtype, other):
+    q, bias = heads(1, 5, 2, 16).to(dtype), torch.randn(5, 5).to(other)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vk.ops.attention(q, q, q, bias=bias)
+        packed = vk.ops.attention_qkv(torch.stack([q, q, q], 2), bias=bias)
+    assert out.dtype == packed.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    torch.testing.assert_close(out.double(), formula(q, q, q, bias=bias), atol=2e-2, rtol=2e-2)
+    assert torch.equal(packed, out)
 
 
 def test_a_bool_bias_masks_what_is_false():

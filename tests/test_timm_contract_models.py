@@ -384,3 +384,12 @@ def test_a_mask_is_accepted_or_refused_as_by_pytorch(kind, mask, dtype, cast):
     else:
         assert (type(got), str(got)) == (type(expected), str(expected))
         assert "attn_mask" in f"{got} {got.__notes__}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_float32_mask_beside_another_dtype_takes_effect_as_in_timm(mask, dtype):
+    stock, fused = (model.to(dtype) for model in stock_and_fused())
+    x, attn_mask = images().to(dtype), MASKS[mask](2, 17)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(fused(x, attn_mask=attn_mask), stock(x, attn_mask=attn_mask), atol=4 * step, rtol=4 * step)

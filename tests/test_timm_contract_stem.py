@@ -550,6 +550,21 @@ def test_coordinates_of_another_shape_take_effect_or_are_refused_as_in_timm(chan
         torch.testing.assert_close(fused(patches, patch_coord)[0], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("preserving", [False, True])
+def test_coordinates_of_an_image_without_a_row_take_effect_or_are_refused_as_in_timm(preserving):
+    stock, fused = (model.embeds for model in naflex("linear"))
+    stock.pos_embed_ar_preserving = fused.pos_embed_ar_preserving = preserving
+    patches, coordinates = torch.randn(2, 12, 768), torch.tensor([(i // 4, i % 4) for i in range(12)]).repeat(2, 1, 1)
+    coordinates[1, :, 0] = -1
+    try:
+        expected = stock(patches, coordinates)[0]
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(patches, coordinates)
+    else:
+        torch.testing.assert_close(fused(patches, coordinates)[0], expected, rtol=0, atol=2e-6)
+
+
 def test_a_table_of_one_channel_is_refused_for_a_mixed_batch_as_in_timm():
     for model in naflex("linear"):
         model.embeds.pos_embed = nn.Parameter(torch.randn(1, 7, 7, 1))

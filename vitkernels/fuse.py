@@ -107,8 +107,8 @@ def fuse(
     ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model,
     and neither fuse nor unfuse while other threads call it.
 
-    On a CPU, what ``torch.export`` and ``torch.jit`` make of the model holds PyTorch's operators alone, and loads where
-    vitkernels is not installed.
+    On a CPU, what ``torch.export``, ``torch.jit`` and ``make_fx`` make of the model holds PyTorch's operators alone, and loads
+    where vitkernels is not installed.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.

@@ -5,6 +5,7 @@ mixed batch it loops over the grid sizes, five launches each, after two host syn
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,12 @@ _SHIPPED_POSITIONS = _guard.shipped(
 _SHIPPED = _guard.shipped_forwards(NaFlexEmbeds, *_PARTS) + _guard.shipped(
     (timm_naflex, "batch_patchify"), (F, "linear"), (nn.Conv2d, "_conv_forward"), (F, "conv2d")
 )
+_OPTIONS = frozenset(field.removeprefix("patchify_") for field in timm_naflex.NaFlexVitCfg.__dataclass_fields__)
+
+
+def _option(embeds: NaFlexEmbeds, name: str, default: bool) -> Any:
+    """An attribute that not every timm from 1.0.26 on reads; the others do what ``default`` says, whatever it is set to."""
+    return getattr(embeds, name, default) if name in _OPTIONS else default
 
 
 class FusedNaFlexEmbeds(NaFlexEmbeds):
@@ -69,7 +76,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     def _convolution(self):
         if type(self.proj) is nn.Conv2d:
             return self.proj.weight
-        if getattr(self, "channels_last", True):  # timm 1.0.26 has no choice
+        if _option(self, "channels_last", True):
             return linear_as_convolution(self.proj.weight, self.patch_size)
         return self.proj.weight.unflatten(1, (self.in_chans, *self.patch_size))
 
@@ -81,6 +88,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             return super()._apply_learned_naflex_pos_embed(x, patch_coord)
         # (B, 2), the one synchronisation. Coordinates may be floats, of a batch that was cast as a whole.
         sizes = [(int(height), int(width)) for height, width in (patch_coord.amax(dim=1) + 1).tolist()]
+        if any(min(size) < 1 for size in sizes):
+            return super()._apply_learned_naflex_pos_embed(x, patch_coord)
         if len(set(sizes)) == 1:
             sizes = sizes[:1]  # and the copy is broadcast
         x += self._resampled(sizes, x.shape[1], x.dtype)
@@ -102,8 +111,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             self.pos_embed.shape[1:3],
             0,
             self.pos_embed_interp_mode,
-            bool(getattr(self, "pos_embed_antialias", True)),  # timm < 1.0.28 has neither choice
-            align_corners=getattr(self, "pos_embed_align_corners", False),
+            bool(_option(self, "pos_embed_antialias", True)),
+            align_corners=_option(self, "pos_embed_align_corners", False),
             preserve_aspect_ratio=bool(self.pos_embed_ar_preserving),
             pad_to=pad_to,
         )
@@ -138,7 +147,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
             reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not (1, h, w, D)")
-        aligned = getattr(self, "pos_embed_align_corners", False)
+        aligned = _option(self, "pos_embed_align_corners", False)
         if aligned is not True and aligned is not False:
             reasons.append(f"pos_embed_align_corners is {aligned!r}")
         if self.pos_embed_interp_mode not in _MODES:

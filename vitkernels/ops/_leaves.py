@@ -23,7 +23,7 @@ from . import patch_embed as patch_embed_operator
 from . import resample_pos_embed as resample_pos_embed_operator
 from .attention import attention as attention_operator
 from .attention import attention_qkv as attention_qkv_operator
-from .attention import takes_mask
+from .attention import masked_as_in_pytorch, takes_mask
 from .linear import linear as linear_operator
 from .mlp import projected_mlp as projected_mlp_operator
 from .patch_embed import convolves, positions_fit
@@ -66,16 +66,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_caus
         return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, attn_mask, is_causal).flatten(2)
     else:
         if not takes_mask(q, k, attn_mask):
-            try:
-                return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, attn_mask).flatten(2)
-            except (IndexError, RuntimeError, TypeError) as error:  # PyTorch's, which does not always say of what
-                error.add_note(f"attn_mask is {_described(attn_mask)}")
-                raise
+            return masked_as_in_pytorch(q, k, v, attn_mask).flatten(2)
         return attention_operator(q, k, v, bias=attn_mask).flatten(2)
-
-
-def _described(x: object) -> str:
-    return f"of shape {tuple(x.shape)} and dtype {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
 def projected_mlp(

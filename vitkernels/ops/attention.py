@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
+from ..reference.attention import dense
 from . import _check
 from ._register import register
 from .linear import allows_tf32
@@ -212,6 +213,16 @@ def takes_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     if not isinstance(mask, Tensor) or mask.dtype not in dtypes or mask.dim() < 2:
         return False
     return _check.broadcasts(tuple(mask.shape), (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+
+
+def masked_as_in_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """(B, N, H, Dh) of PyTorch's own operator, for what is not ``takes_mask``; its error, with a note that tells the mask."""
+    try:
+        return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, mask)
+    except (IndexError, RuntimeError, TypeError) as error:
+        is_tensor = isinstance(mask, Tensor)
+        error.add_note(f"attn_mask is a {mask.dtype} tensor of {tuple(mask.shape)}" if is_tensor else f"attn_mask is {mask!r}")
+        raise
 
 
 def attention(

@@ -44,14 +44,26 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | N
 
 
 def _accepted(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """In a shape and dtype that scaled_dot_product_attention accepts; autocast casts by itself."""
+    """In a shape and dtype that scaled_dot_product_attention accepts."""
     if bias is None:
         return None
     if bias.dim() < 2:
         bias = bias.reshape(1, -1)
-    if bias.dtype in (torch.bool, q.dtype) or torch.is_autocast_enabled(q.device.type):
+    dtype, cast = q.dtype, torch.is_autocast_enabled(q.device.type)
+    if bias.dtype in (torch.bool, dtype):
         return bias
-    return bias.to(q.dtype)
+    if cast and dtype != torch.float64:
+        if bias.dtype != torch.float64:
+            return bias  # autocast casts all but float64
+        dtype = torch.get_autocast_dtype(q.device.type)
+    elif q.is_cpu and not cast:  # there PyTorch takes float32 beside every dtype
+        if bias.dtype == torch.float32:
+            return bias
+        dtype = torch.promote_types(torch.float32, dtype)
+    least = torch.finfo(dtype).min
+    if torch.finfo(bias.dtype).min < least:  # the least numbers stay finite: a row of them alone masks nothing
+        bias = bias.masked_fill((bias < least) & (bias > -torch.inf), least)
+    return bias.to(dtype)
 
 
 def attention_qkv(
