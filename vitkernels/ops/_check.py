@@ -70,16 +70,17 @@ def number(op: str, name: str, value: Any) -> Any:
     """
     if type(value) is float:
         return value
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value
-    got, fits = type(value).__name__, isinstance(value, numbers.Real)
-    if isinstance(value, Tensor) and value.dim() == 0:
-        fits = not (value.is_complex() or value.requires_grad)
-        if fits and torch.compiler.is_compiling():
+    if not isinstance(value, (int, numbers.Real)):  # int first: it is known at once
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
             return value
-        got = f"one of {value.dtype}" if value.is_complex() else "one that requires a gradient"
-    if not fits:
-        raise TypeError(f"{op}: {name} must be a number, got {got}")
+        got, fits = type(value).__name__, False
+        if isinstance(value, Tensor) and value.dim() == 0:
+            fits = not (value.is_complex() or value.requires_grad)
+            if fits and torch.compiler.is_compiling():
+                return value
+            got = f"one of {value.dtype}" if value.is_complex() else "one that requires a gradient"
+        if not fits:
+            raise TypeError(f"{op}: {name} must be a number, got {got}")
     try:
         return float(value)
     except OverflowError:

@@ -1,8 +1,8 @@
 """Resampling of position embeddings. Parts as in ``layer_norm.py``; the kernels are C++ and CUDA C++, in ``vitkernels._C``.
 
 On a CPU the C++ kernel is 4 to 40 times as fast as ``F.interpolate`` at D = 768, 1.1 to 1.5 times in bilinear mode without
-antialias, so here ``auto`` takes it there too. What ``torch.export``, ``torch.jit.trace`` and ``make_fx``
-record on a CPU is PyTorch's own.
+antialias, so here ``auto`` takes it there too. What ``torch.export``, ``torch.jit.trace`` and ``make_fx`` record on a CPU is
+PyTorch's own.
 """
 
 from collections.abc import Iterable, Sequence

@@ -78,4 +78,5 @@ def attention_qkv(
     if cu_seqlens is None:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # timm's own views, (B, H, N, Dh)
         return dense(q, k, v, scale, _accepted(bias, qkv))
-    return _packed("attention_qkv", *qkv.unbind(1), scale, cu_seqlens)
+    q, k, v = qkv.unbind(1)
+    return _packed("attention_qkv", q, k, v, scale, cu_seqlens)
