@@ -1,6 +1,7 @@
 """attention and attention_qkv: reference, operators' contract, autograd, wiring. The kernels: test_attention_kernels.py."""
 
 import importlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -55,11 +56,28 @@ def test_minus_infinity_masks_keys_and_a_fully_masked_row_gives_zeros_and_zero_g
     assert all(torch.isfinite(t.grad).all() for t in (q, k, v))
 
 
-def test_a_row_masked_by_finfo_min_gives_the_mean_of_v_as_in_timm():
-    q, k, v = (heads(1, 5, 2, 16) for _ in range(3))
-    bias = torch.full((1, 1, 5, 5), torch.finfo(torch.float32).min)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_row_masked_by_finfo_min_gives_the_mean_of_v_as_in_timm(backend, dtype, wide):
+    q, k, v = (heads(1, 5, 2, 16).to(dtype) for _ in range(3))
+    bias = torch.full((1, 1, 5, 5), torch.finfo(wide).min, dtype=wide)
     expected = v.mean(1, keepdim=True).expand_as(v)
-    torch.testing.assert_close(vk.ops.attention(q, k, v, bias=bias), expected, atol=1e-6, rtol=1e-6)
+    step = max(1e-6, torch.finfo(dtype).eps)
+    with vk.backend(backend):
+        torch.testing.assert_close(vk.ops.attention(q, k, v, bias=bias), expected, atol=step, rtol=step)
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_bias_is_of_any_dtype_under_autocast(dtype, other):
+    q, bias = heads(1, 5, 2, 16).to(dtype), torch.randn(5, 5).to(other)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vk.ops.attention(q, q, q, bias=bias)
+        packed = vk.ops.attention_qkv(torch.stack([q, q, q], 2), bias=bias)
+    assert out.dtype == packed.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    torch.testing.assert_close(out.double(), formula(q, q, q, bias=bias), atol=2e-2, rtol=2e-2)
+    assert torch.equal(packed, out)
 
 
 def test_a_bool_bias_masks_what_is_false():
@@ -84,6 +102,24 @@ def test_packed_images_attend_to_themselves_only(lengths):
 
 def test_no_image_at_all_is_an_empty_pack():
     assert vk.ops.attention_qkv(heads(0, 3, 2, 16), cu_seqlens=torch.zeros(1, dtype=torch.int32)).shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_without_an_image_queries_keys_and_values_get_empty_gradients(backend):
+    q, k, v = (heads(0, 2, 16).requires_grad_() for _ in range(3))
+    with vk.backend(backend):
+        out = vk.ops.attention(q, k, v, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    assert out.shape == q.shape
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape] * 3
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_the_reference_without_an_image_gives_zeros_and_zero_gradients(tokens):
+    q, k, v = (heads(tokens, 2, 16).requires_grad_() for _ in range(3))
+    out = vk.reference.attention(q, k, v, cu_seqlens=torch.zeros(1, dtype=torch.int32))
+    assert torch.equal(out, torch.zeros(tokens, 2, 16))
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.randn(tokens, 2, 16)):
+        assert torch.equal(gradient, torch.zeros(tokens, 2, 16))
 
 
 @pytest.mark.parametrize("ends", [[0, 5, 12], [0, 5, 12, 15], [0, 0], [0, 0, 0]], ids=str)
@@ -397,8 +433,12 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
             "scale must be a number, got one that requires a gradient",
         ),
         (lambda: vk.ops.attention_qkv(QKV, scale=[0.5]), TypeError, "scale must be a number, got list"),
-        (lambda: vk.ops.attention(Q, Q, Q, max_seqlen=7.0), TypeError, "max_seqlen must be an integer, got float"),
-        (lambda: vk.ops.attention_qkv(QKV, max_seqlen="7"), TypeError, "max_seqlen must be an integer, got str"),
+        (lambda: vk.ops.attention(Q, Q, Q, scale=10**400), ValueError, "scale must be a number that a float can hold"),
+        (lambda: vk.ops.attention(Q, Q, Q, max_seqlen=7.0), TypeError, "max_seqlen must be an integer, got 7.0"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen="7"), TypeError, "max_seqlen must be an integer, got '7'"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=CU), TypeError, r"max_seqlen must be an integer, got tensor\(\[0, 5\]"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=True), TypeError, "max_seqlen must be an integer, got True"),
+        (lambda: vk.ops.attention_qkv(QKV, max_seqlen=2**63), ValueError, "max_seqlen must be an integer of 64 bits"),
         (lambda: vk.ops.attention_qkv(Q), ValueError, r"qkv must have shape \(B, N, 3, H, Dh\)"),
         (lambda: vk.ops.attention_qkv([Q]), TypeError, "qkv must be a Tensor, got list"),
     ],
@@ -408,14 +448,22 @@ def test_wrong_arguments_are_named(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("number", [1, 0.5, torch.tensor(0.5), np.float32(0.5)], ids=["int", "float", "tensor", "numpy"])
-def test_a_scale_is_any_number(number):
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize(
+    "number",
+    [1, 0.5, torch.tensor(0.5), np.float32(0.5), Fraction(1, 2)],
+    ids=["int", "float", "tensor", "numpy", "fraction"],
+)
+def test_a_scale_is_any_number(number, backend):
     q = torch.randn(2, 5, 3, 16)
-    with vk.backend("fused"):
+    with vk.backend(backend):
         assert torch.equal(vk.ops.attention(q, q, q, scale=number), vk.ops.attention(q, q, q, scale=float(number)))
 
 
 @pytest.mark.parametrize("ends", [[0, 5, 3], [2, 5], [-1, 5], [0, 6], [3, 2]], ids=str)
 def test_the_reference_names_lengths_that_are_no_ends_of_images(ends):
-    with vk.backend("reference"), pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to at most 5, the tokens"):
-        vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    cu_seqlens, message = torch.tensor(ends, dtype=torch.int32), ": cu_seqlens must ascend from 0 to at most 5, the tokens"
+    with vk.backend("reference"), pytest.raises(ValueError, match="^attention" + message):
+        vk.ops.attention(Q[0], Q[0], Q[0], cu_seqlens=cu_seqlens)
+    with vk.backend("reference"), pytest.raises(ValueError, match="^attention_qkv" + message):
+        vk.ops.attention_qkv(QKV[0].expand(5, 3, 3, 16), cu_seqlens=cu_seqlens)

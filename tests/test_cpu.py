@@ -12,6 +12,7 @@ from helpers import elsewhere
 from test_fuse import IMAGES, LEAVES_TO_PYTORCH, outputs_and_gradients, small
 from test_timm_contract import images, stock_and_fused
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vitkernels as vk
 from vitkernels.models import FusedBlock
@@ -152,6 +153,14 @@ def test_exported_programs_load_and_run_where_vitkernels_is_not_installed(tmp_pa
 def test_a_program_exported_by_dynamo_holds_pytorchs_operators():
     (_, fused), inputs = models_that_leave()["dynamic"]
     assert operators_of_ours(exported(fused, inputs, strict=True)) == []
+
+
+@pytest.mark.parametrize("case", ["dynamic", "siglip", "naflex", "ours"])
+def test_a_graph_of_make_fx_holds_pytorchs_operators(case):
+    (stock, fused), inputs = models_that_leave()[case]
+    graph = make_fx(fused)(inputs[0])
+    assert [node.target for node in graph.graph.nodes if "vitkernels" in str(node.target)] == []
+    torch.testing.assert_close(graph(inputs[0]), stock(inputs[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_aotinductor_packages_run_where_vitkernels_is_not_installed(tmp_path):

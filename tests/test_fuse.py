@@ -2,14 +2,17 @@
 
 import copy
 import io
+import re
 import types
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.nn.utils import parametrize
 
 import vitkernels as vk
 from vitkernels.models import FUSED_CLASSES, FusedAttentionPool, FusedBlock, FusedPatchEmbed
@@ -129,6 +132,21 @@ def test_methods_that_were_bound_before_unfuse_are_timms_after_it(kind):
         assert torch.equal(model.forward_intermediates(images)[0], stock.forward_intermediates(images)[0])
 
 
+def test_unfuse_names_the_module_whose_class_is_no_longer_ours_and_who_changed_it():
+    model = vk.fuse(small())
+    parametrize.register_parametrization(model, "pos_embed", nn.Tanh())
+    message = "the class of the model, a fused module, is Parametrized.*VisionTransformer now: remove its parametrizations"
+    with pytest.raises(RuntimeError, match=message):
+        vk.unfuse(model)
+    assert type(model.blocks[0]) is FusedBlock
+    parametrize.remove_parametrizations(model, "pos_embed")
+    vk.unfuse(model)
+    assert type(model) is VisionTransformer
+    vk.fuse(model).blocks[1].__class__ = type("FSDPBlock", (FusedBlock,), {})
+    with pytest.raises(RuntimeError, match=r"blocks\.1, a fused module, is FSDPBlock now.* unfuse before wrapping"):
+        vk.unfuse(model)
+
+
 def test_fusing_twice_is_harmless():
     model = vk.fuse(small())
     once = outputs_and_gradients(model, IMAGES)
@@ -156,6 +174,13 @@ def test_a_model_without_a_vit_block_is_refused_with_what_was_found():
 def test_something_that_is_no_module_is_refused(function):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         function("vit_base_patch16_224")
+
+
+@pytest.mark.parametrize("value", [np.array(["mlp", "uint8"]), ["mlp"], 1], ids=repr)
+@pytest.mark.parametrize("argument", ["recompute", "input"])
+def test_a_choice_that_is_no_name_is_named(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be one of"):
+        vk.fuse(small(), **{argument: value})
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -316,6 +341,36 @@ def test_options_of_attention_pooling(arguments, masked):
     want.square().sum().backward()
     for (name, a), b in zip(fused.named_parameters(), pool.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"latent_len": 2}, {"latent_len": 4}, {"num_heads": 2}, {"head_dim": 8}, {"num_heads": 4, "head_dim": 12}],
+    ids=str,
+)
+def test_sizes_of_attention_pooling_set_by_hand_take_effect_or_are_refused_as_in_timm(sizes):
+    pool = AttentionPoolLatent(48, num_heads=3, latent_len=3)
+    for name, size in sizes.items():
+        setattr(pool, name, size)
+    fused = copy.deepcopy(pool)
+    fused.__class__ = FusedAttentionPool
+    x = torch.randn(2, 17, 48)
+    try:
+        want = pool(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(x)
+    else:
+        torch.testing.assert_close(fused(x), want, atol=1e-6, rtol=1e-6)
+
+
+def test_positions_of_attention_pooling_that_would_add_keys_are_refused_as_in_timm():
+    pool = AttentionPoolLatent(48, num_heads=3, pos_embed="abs", feat_size=17)
+    fused = copy.deepcopy(pool)
+    fused.__class__ = FusedAttentionPool
+    for module in (pool, fused):
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            module(torch.randn(2, 1, 48))
 
 
 @pytest.mark.parametrize("child", ["q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp", "mlp.fc1"])

@@ -1,5 +1,8 @@
 """layer_norm and add_layer_norm: the kernels against the float64 reference, the operators' contract, their autograd."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -404,13 +407,38 @@ X, W = torch.zeros(2, 8), torch.zeros(8)
         (lambda: vk.ops.layer_norm(X.half(), W.bfloat16()), TypeError, "weight must be of dtype float16, float32"),
         (lambda: vk.ops.layer_norm(X.half(), W.half(), W), TypeError, "weight and bias must have one dtype"),
         (lambda: vk.ops.layer_norm(X, W, None, "1e-6"), TypeError, "eps must be a number, got str"),
+        (lambda: vk.ops.layer_norm(X, W, None, 10**400), ValueError, "eps must be a number that a float can hold"),
         (lambda: vk.ops.add_layer_norm(X, X, W, None, None), TypeError, "eps must be a number, got NoneType"),
         (lambda: vk.ops.add_layer_norm(X, X[:1]), ValueError, r"residual must have shape \(2, 8\), got \(1, 8\)"),
         (lambda: vk.ops.add_layer_norm(X, None), TypeError, "residual must be a Tensor"),
         (lambda: vk.ops.add_layer_norm(X, X, layer_scale=W[:4]), ValueError, r"layer_scale must have shape \(8\)"),
         (lambda: vk.backend("fast"), ValueError, "backend must be one of auto, fused, reference, got 'fast'"),
+        (
+            lambda: vk.backend(np.array(["auto", "fused"])),
+            ValueError,
+            "backend must be one of auto, fused, reference, got array",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+EPS_OF = {
+    "layer_norm": lambda x, w, eps: vk.ops.layer_norm(x, w, w, eps),
+    "add_layer_norm": lambda x, w, eps: vk.ops.add_layer_norm(x, x, w, w, eps)[0],
+    "linear": lambda x, w, eps: vk.ops.linear(x, torch.ones(8, 8), norm=(w, w, eps)),
+    "mlp": lambda x, w, eps: vk.ops.mlp(x, w, w, torch.ones(8, 8), None, torch.ones(8, 8), None, eps=eps),
+}
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize(
+    "number", [Fraction(1, 4), 1, np.float32(0.25), torch.tensor(0.25)], ids=["fraction", "int", "numpy", "0-d"]
+)
+@pytest.mark.parametrize("op", EPS_OF)
+def test_an_eps_is_any_number(op, number, backend):
+    x, w = torch.randn(2, 8), torch.ones(8)
+    with vk.backend(backend):
+        assert torch.equal(EPS_OF[op](x, w, number), EPS_OF[op](x, w, float(number)))

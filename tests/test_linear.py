@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -649,6 +650,9 @@ X, W, V = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
         (lambda: vk.ops.linear(X, W.T), ValueError, r"weight must have shape \(N, 8\), got \(8, 4\)"),
         (lambda: vk.ops.linear(X, W, X), ValueError, r"bias must have shape \(4\), got \(2, 8\)"),
         (lambda: vk.ops.linear(X, W, act="relu"), ValueError, "act must be one of None, 'gelu', .*got 'relu'"),
+        (lambda: vk.ops.linear(X, W, act=np.array(["gelu", "silu"])), ValueError, "act must be one of .*got array"),
+        (lambda: vk.ops.linear(X, W, act=["gelu"]), ValueError, r"act must be one of .*got \['gelu'\]"),
+        (lambda: vk.ops.linear(X, W, act=torch.zeros(2)), ValueError, "act must be one of .*got tensor"),
         (lambda: vk.ops.linear(X, W, layer_scale=V[:2]), ValueError, "layer_scale must have shape"),
         (lambda: vk.ops.linear(X, W, residual=X), ValueError, r"residual must have shape \(2, 4\), got \(2, 8\)"),
         (lambda: vk.ops.linear(X, W, norm=(None, None)), ValueError, r"norm must be \(weight, bias, eps\)"),

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, KERNEL_TESTS, assert_matches_reference, hostile_rows, outputs_and_gradients, slow_on_gpu
@@ -448,6 +449,9 @@ X, FC1, FC2 = torch.zeros(2, 8), torch.zeros(16, 8), torch.zeros(8, 16)
         (lambda: vk.ops.mlp(X, None, None, FC1, None, None, None), TypeError, "fc2_weight must be a Tensor"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, act="gelu "), ValueError, "act must be one of"),
         (lambda: vk.ops.mlp(X, X, None, FC1, None, FC2, None), ValueError, r"norm_weight must have shape \(8\)"),
+        (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, act=np.zeros(2)), ValueError, "act must be one of"),
+        (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, recompute="no"), TypeError, "recompute must be one of True"),
+        (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, recompute=FC1), TypeError, "recompute must be one of True"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, None, eps=None), TypeError, "eps must be a number, got NoneType"),
         (lambda: vk.ops.mlp(X, None, None, FC1, None, FC2, X[0].half()), TypeError, "fc2_bias must be of dtype float32"),
         (lambda: vk.ops.mlp(X, None, None, FC1, X, FC2, None), ValueError, r"fc1_bias must have shape \(16\)"),

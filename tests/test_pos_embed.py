@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -530,6 +531,28 @@ def test_sizes_that_torch_jit_trace_records_follow_the_input(argument):
             torch.jit.trace(call, (x, posemb))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the C++ kernel")
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_on_a_cpu_records_pytorchs_operators(mode, pre_dispatch, trained):
+    def resampled(posemb):
+        return vk.ops.resample_pos_embed(posemb, (6, 5)), vk.ops.resample_pos_embed_many(posemb, [(3, 2)], (4, 4), 1)
+
+    posemb = table((4, 4), 1).requires_grad_(trained)
+    graph = make_fx(resampled, tracing_mode=mode, pre_dispatch=pre_dispatch)(posemb)
+    assert [node.target for node in graph.graph.nodes if "vitkernels" in str(node.target)] == []
+    for got, expected in zip(graph(posemb), resampled(posemb), strict=True):
+        assert_close(got, expected)
+
+
+@needs_extension
+def test_make_fx_records_the_kernel_that_a_caller_asks_for():
+    with vk.backend("fused"):
+        graph = make_fx(lambda posemb: vk.ops.resample_pos_embed(posemb, (6, 5)))(table((4, 4), 1))
+    assert "vitkernels.resample_pos_embed_fwd" in str(graph.graph)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
 def test_a_square_table_of_any_size_compiles_in_one_graph(backend):
     def resampled(posemb):
@@ -760,6 +783,7 @@ def test_reasons_on_a_gpu(monkeypatch):
 
 
 P = torch.zeros(1, 17, 8)
+NAMES = np.array(["bicubic", "bilinear"])
 
 
 @pytest.mark.parametrize(
@@ -836,9 +860,89 @@ P = torch.zeros(1, 17, 8)
         (lambda: vk.ops.resample_pos_embed_many(P, (4, 5), None, 1), TypeError, "sizes must be two positive integers, got 4"),
         (lambda: vk.ops.resample_pos_embed_many(P, [(4, 5.0)], None, 1), TypeError, "sizes must be two positive integers"),
         (lambda: vk.ops.resample_pos_embed_many(P.bool(), [(4, 4)]), TypeError, "posemb must be of dtype"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), verbose="no"), TypeError, "verbose must be one of True, False, got 'no'"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), interpolation=NAMES), ValueError, "interpolation must be one of"),
+        (lambda: vk.ops.resample_pos_embed(P, (4, 5), interpolation=[]), ValueError, r"interpolation must be .*, got \[\]"),
+        (lambda: vk.ops.resample_pos_embed_many(P, {(4, 5)}, None, 1), TypeError, "sizes must be a sequence"),
+        (lambda: vk.ops.resample_pos_embed_many(P, {(4, 5): 1}, None, 1), TypeError, "sizes must be a sequence"),
+        (lambda: vk.ops.resample_pos_embed_many(P, torch.tensor(3), None, 1), TypeError, r"sizes must be .*, got tensor\(3\)"),
+        (lambda: vk.ops.resample_pos_embed_many(P, np.array(3), None, 1), TypeError, "sizes must be a sequence"),
     ],
 )
 def test_wrong_arguments_are_named_before_any_work(call, error, message, monkeypatch):
     monkeypatch.setattr("vitkernels._env.EXTENSION", None)  # and would be missed, were it called
     with pytest.raises(error, match=message):
         call()
+
+
+def integers(value) -> dict[str, tuple]:
+    """Calls with ``value`` in the place of each integer, and what the message calls it."""
+    one, many = vk.ops.resample_pos_embed, vk.ops.resample_pos_embed_many
+    return {
+        "new_size": (lambda: one(P, (value, 5)), "new_size must"),
+        "old_size": (lambda: one(P, (4, 5), (4, value)), "old_size must"),
+        "num_prefix_tokens": (lambda: one(P, (4, 5), None, value), "num_prefix_tokens must"),
+        "sizes": (lambda: many(P, [(4, 5), (4, value)], None, 1), "sizes must"),
+        "pad_to": (lambda: many(P, [(4, 5)], None, 1, pad_to=value), "pad_to must"),
+    }
+
+
+NO_INTEGERS = {
+    "two": torch.tensor([1, 2]),
+    "none": torch.tensor([], dtype=torch.int64),
+    "float": torch.tensor(1.0),
+    "bool": torch.tensor(True),
+    "numpy": np.float32(1),
+    "array": np.array([1, 2]),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("value", NO_INTEGERS)
+@pytest.mark.parametrize("argument", integers(0))
+def test_tensors_and_numbers_that_are_no_integer_are_named(argument, value, backend):
+    call, message = integers(NO_INTEGERS[value])[argument]
+    with vk.backend(backend), pytest.raises(TypeError, match=message):
+        call()
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("value", [2**62, 2**64, 10**400], ids=["2^62", "2^64", "10^400"])
+@pytest.mark.parametrize("argument", integers(0))
+def test_integers_of_more_than_any_memory_are_named(argument, value, backend):
+    call, message = integers(value)[argument]
+    with vk.backend(backend), pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("size", [{4, 5}, frozenset((4, 5)), {4: 0, 5: 0}], ids=["set", "frozenset", "dict"])
+def test_a_size_has_an_order(size):
+    with pytest.raises(TypeError, match="new_size must be two positive integers"):
+        vk.ops.resample_pos_embed(P, size)
+    with pytest.raises(TypeError, match="old_size must be two positive integers"):
+        vk.ops.resample_pos_embed(P, (4, 5), size)
+    with pytest.raises(TypeError, match="sizes must be two positive integers"):
+        vk.ops.resample_pos_embed_many(P, [size], None, 1)
+
+
+class Index:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=needs_extension)])
+@pytest.mark.parametrize(
+    "kind", [torch.tensor, lambda n: torch.tensor([n]), np.int32, Index], ids=["0-d", "1-d", "numpy", "index"]
+)
+def test_an_integer_is_what_python_takes_for_one(kind, backend):
+    posemb = table((4, 4), 1)
+    with vk.backend(backend):
+        got = vk.ops.resample_pos_embed(posemb, (kind(6), kind(5)), (kind(4), kind(4)), kind(1))
+        assert torch.equal(got, vk.ops.resample_pos_embed(posemb, (6, 5), (4, 4), 1))
+        got = vk.ops.resample_pos_embed_many(posemb, [(kind(6), kind(5))], (4, 4), kind(1), pad_to=kind(9))
+        assert torch.equal(got, vk.ops.resample_pos_embed_many(posemb, [(6, 5)], (4, 4), 1, pad_to=9))

@@ -1,5 +1,7 @@
 """timm's models, fused: architectures and their options, image sizes, NaFlex batches, masks."""
 
+import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,11 +15,12 @@ from test_timm_contract import (
     outputs_and_gradients,
     stock_and_fused,
 )
-from timm.layers import RmsNorm, SwiGLUPacked
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from timm.layers import AttentionPoolLatent, RmsNorm, SwiGLUPacked
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
 import vitkernels
+from vitkernels.models import FUSED_CLASSES
 
 # Architectures. The entry points' own options, at a small size.
 
@@ -249,6 +252,25 @@ def test_naflexvit_with_images():
     assert_runs_fused(fused, stock, images(size=(64, 96)))
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh", "bogus", "", None, 1], ids=repr)
+def test_an_approximation_of_gelu_takes_effect_or_is_refused_as_in_timm(approximate):
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        for block in model.blocks:
+            block.mlp.act = nn.GELU()
+            block.mlp.act.approximate = approximate
+    x = images()
+    try:
+        expected = stock(x)
+    except (RuntimeError, TypeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            fused(x)
+        assert "approximates by" in vitkernels.explain(fused).modules[-1].state
+    else:
+        assert_runs_fused(fused, stock, x)
+        assert_same(fused(x), expected)
+
+
 # Masks.
 
 
@@ -309,3 +331,65 @@ def test_mask_of_a_shape_that_does_not_broadcast_raises():
     for model in stock_and_fused():
         with pytest.raises((RuntimeError, ValueError)):
             model(images(), attn_mask=torch.zeros(3, 1, 17, 17))
+
+
+MASKS_OF_PYTORCH = {
+    "float64": lambda: torch.randn(17, 17, dtype=torch.float64),
+    "float16": lambda: torch.randn(17, 17, dtype=torch.float16),
+    "bfloat16": lambda: torch.randn(17, 17, dtype=torch.bfloat16),
+    "int": lambda: torch.ones(17, 17, dtype=torch.int32),
+    "1-d": lambda: torch.randn(17),
+    "0-d": lambda: torch.tensor(0.5),
+    "1-d, bool": lambda: torch.arange(17) < 9,
+    "1-d, trained": lambda: torch.randn(17, requires_grad=True),
+    "0-d, trained": lambda: torch.tensor(0.5, requires_grad=True),
+    "5-d": lambda: torch.zeros(1, 1, 1, 17, 17),
+    "list": lambda: [[0.0] * 17] * 17,
+}
+
+
+def outcome(module: nn.Module, x: Tensor, mask: object, cast: torch.dtype | None) -> Tensor | Exception:
+    with torch.no_grad(), torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+        try:
+            return module(x, attn_mask=mask)
+        except Exception as error:
+            return error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"),
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.float64, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", MASKS_OF_PYTORCH)
+@pytest.mark.parametrize("kind", ["block", "norms of q and k", "pooling"])
+def test_a_mask_is_accepted_or_refused_as_by_pytorch(kind, mask, dtype, cast):
+    if kind == "pooling":
+        stock = AttentionPoolLatent(64, num_heads=2, mlp_ratio=2).to(dtype)
+    else:
+        stock = Block(64, 2, qk_norm=kind != "block").to(dtype)
+    fused = copy.deepcopy(stock)
+    fused.__class__ = FUSED_CLASSES[type(stock)]
+    x, attn_mask = torch.randn(2, 17, 64).to(dtype), MASKS_OF_PYTORCH[mask]()
+    expected, got = outcome(stock, x, attn_mask, cast), outcome(fused, x, attn_mask, cast)
+    if isinstance(expected, Tensor):
+        step = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(got, expected, rtol=4 * step, atol=4 * step)
+    else:
+        assert (type(got), str(got)) == (type(expected), str(expected))
+        assert "attn_mask" in f"{got} {got.__notes__}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_float32_mask_beside_another_dtype_takes_effect_as_in_timm(mask, dtype):
+    stock, fused = (model.to(dtype) for model in stock_and_fused())
+    x, attn_mask = images().to(dtype), MASKS[mask](2, 17)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(fused(x, attn_mask=attn_mask), stock(x, attn_mask=attn_mask), atol=4 * step, rtol=4 * step)

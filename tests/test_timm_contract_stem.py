@@ -1,5 +1,6 @@
 """Patch embedding, positions and head: what stands around the blocks is hooked, replaced and patched as in timm."""
 
+import re
 import types
 
 import pytest
@@ -461,6 +462,33 @@ def test_what_is_changed_on_the_stem_of_a_naflexvit_takes_effect(change, kind):
     assert "embeds" in [module.name for module in vitkernels.explain(fused).modules]
 
 
+def linear_for_convolution(embeds):
+    embeds.proj = nn.Linear(768, 768) if isinstance(embeds.proj, nn.Conv2d) else nn.Conv2d(3, 768, 16, 16)
+
+
+FLIPS = {
+    "is_linear": lambda embeds: setattr(embeds, "is_linear", not embeds.is_linear),
+    "flatten": lambda embeds: setattr(embeds, "flatten", not embeds.flatten),
+    "proj": linear_for_convolution,
+    "proj and is_linear": lambda embeds: (linear_for_convolution(embeds), setattr(embeds, "is_linear", not embeds.is_linear)),
+}
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("flip", FLIPS)
+def test_another_way_of_projecting_on_the_stem_of_a_naflexvit_is_timms(flip, kind):
+    stock, fused = naflex(kind)
+    for model in (stock, fused):
+        torch.manual_seed(1)
+        FLIPS[flip](model.embeds)
+    x = images(size=(64, 96))
+    assert_same_or_refused(fused, stock, x)
+    try:
+        stock(x)
+    except RuntimeError:
+        assert fused.embeds.why_not_merged() != []
+
+
 @pytest.mark.parametrize("patch_size", [16, None])
 def test_a_patch_size_of_a_naflexvit_that_is_no_pair_takes_effect_as_in_timm(patch_size):
     stock, fused = naflex("conv")
@@ -477,3 +505,68 @@ def test_coordinates_of_patches_may_be_of_any_dtype(dtype):
     coordinates = torch.stack([rows, cols], -1).flatten(0, 1).expand(2, 12, 2).to(dtype)
     patches, valid = torch.randn(2, 12, 768), torch.ones(2, 12, dtype=torch.bool)
     assert_same(fused(patches, coordinates, valid), stock(patches, coordinates, valid))
+
+
+@pytest.mark.parametrize("flag", ["pos_embed_ar_preserving", "pos_embed_antialias", "pos_embed_align_corners"])
+@pytest.mark.parametrize("value", [0, 1, None, "yes"], ids=repr)
+def test_a_flag_of_a_naflexvit_that_is_no_bool_takes_effect_or_is_refused_as_in_timm(flag, value):
+    stock, fused = naflex("linear")
+    for model in (stock, fused):
+        setattr(model.embeds, flag, value)
+    x = images(size=(64, 96))
+    try:
+        expected = stock(x)
+    except (RuntimeError, TypeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            fused(x)
+    else:
+        torch.testing.assert_close(fused(x), expected, rtol=0, atol=2e-5)
+
+
+COORDINATES = {
+    "fewer images": lambda coordinates: coordinates[:2],
+    "one image": lambda coordinates: coordinates[:1],
+    "one image of several sizes": lambda coordinates: coordinates[2:],
+    "more images": lambda coordinates: coordinates.repeat(2, 1, 1),
+    "three columns": lambda coordinates: torch.cat([coordinates, coordinates[..., :1]], -1),
+    "one column": lambda coordinates: coordinates[..., :1],
+    "two dimensions": lambda coordinates: coordinates[0],
+    "fewer patches": lambda coordinates: coordinates[:, :5],
+}
+
+
+@pytest.mark.parametrize("change", COORDINATES)
+def test_coordinates_of_another_shape_take_effect_or_are_refused_as_in_timm(change):
+    stock, fused = (model.embeds for model in naflex("linear"))
+    grids, patches = [(3, 4), (2, 6), (4, 3)], torch.randn(3, 12, 768)
+    coordinates = torch.stack([torch.tensor([(i // w, i % w) for i in range(12)]) for _, w in grids])
+    patch_coord = COORDINATES[change](coordinates)
+    try:
+        expected = stock(patches, patch_coord)[0]
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            fused(patches, patch_coord)
+    else:
+        torch.testing.assert_close(fused(patches, patch_coord)[0], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+def test_coordinates_of_an_image_without_a_row_take_effect_or_are_refused_as_in_timm(preserving):
+    stock, fused = (model.embeds for model in naflex("linear"))
+    stock.pos_embed_ar_preserving = fused.pos_embed_ar_preserving = preserving
+    patches, coordinates = torch.randn(2, 12, 768), torch.tensor([(i // 4, i % 4) for i in range(12)]).repeat(2, 1, 1)
+    coordinates[1, :, 0] = -1
+    try:
+        expected = stock(patches, coordinates)[0]
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(patches, coordinates)
+    else:
+        torch.testing.assert_close(fused(patches, coordinates)[0], expected, rtol=0, atol=2e-6)
+
+
+def test_a_table_of_one_channel_is_refused_for_a_mixed_batch_as_in_timm():
+    for model in naflex("linear"):
+        model.embeds.pos_embed = nn.Parameter(torch.randn(1, 7, 7, 1))
+        with pytest.raises((RuntimeError, IndexError)):
+            model.embeds(torch.randn(1, 12, 768), torch.tensor([[(i // 4, i % 4) for i in range(12)]]))

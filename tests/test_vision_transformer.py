@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -264,6 +265,7 @@ def test_no_position_embedding_makes_the_model_blind_to_the_order_of_patches():
     ("arguments", "message"),
     [
         ({"pos_embed": "rope"}, "pos_embed must be one of .*sincos2d.*'rope'"),
+        ({"pos_embed": np.array(["learn", "none"])}, "pos_embed must be one of .*sincos2d.*array"),
         ({"pos_embed": "sincos2d", "embed_dim": 66}, "divisible by 4"),
         ({"representation_size": 0}, "representation_size must be a positive int"),
         ({"representation_size": "big"}, "representation_size must be a positive int"),

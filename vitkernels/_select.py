@@ -3,7 +3,7 @@
 ``auto``       the kernel on a GPU that it supports, else the PyTorch reference (logged once per reason, shown by ``explain``)
 ``fused``      the kernel, or ``RuntimeError`` with the reasons; on a CPU only under ``TRITON_INTERPRET=1``
                (operators of the extension, which has CPU kernels, run them on a CPU under ``auto`` too, but not in a program
-               that ``torch.export`` or ``torch.jit.trace`` records: it may be loaded where vitkernels is not installed)
+               that ``torch.export``, ``torch.jit.trace`` or ``make_fx`` records: it may run where vitkernels is not installed)
 ``reference``  always the PyTorch reference
 """
 
@@ -45,7 +45,7 @@ class backend(_settings.Override):
     """
 
     def __init__(self, name: str) -> None:
-        if name not in _env.BACKENDS:
+        if not isinstance(name, str) or name not in _env.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_env.BACKENDS)}, got {name!r}")
         super().__init__("backend", name)
         self.name = name

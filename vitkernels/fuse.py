@@ -107,9 +107,9 @@ def fuse(
     ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model,
     and neither fuse nor unfuse while other threads call it.
 
-    On a CPU, what ``torch.export`` and ``torch.jit`` make of the model holds PyTorch's operators alone, and loads where
-    vitkernels is not installed. In a graph of ``torch.fx`` that is traced where kernels run, a block is a few operators: a
-    feature extractor can ask for the outputs of blocks there, and not for those of the layers inside.
+    On a CPU, what ``torch.export``, ``torch.jit`` and ``make_fx`` make of the model holds PyTorch's operators alone, and loads
+    where vitkernels is not installed. In a graph of ``torch.fx`` that is traced where kernels run, a block is a few operators:
+    a feature extractor can ask for the outputs of blocks there, and not for those of the layers inside.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
@@ -149,9 +149,9 @@ def fuse(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must not be a {type(model).__name__}, whose forward is compiled already: fuse before torch.jit")
     report = explain(model)
-    if recompute not in RECOMPUTE:
+    if not isinstance(recompute, (str, type(None))) or recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(map(repr, RECOMPUTE))}, got {recompute!r}")
-    if input not in INPUTS:
+    if not isinstance(input, str) or input not in INPUTS:
         raise ValueError(f"input must be one of {', '.join(map(repr, INPUTS))}, got {input!r}")
     from .models import FusedBlock, fuse_classes, set_inference, set_pixel_statistics, set_recompute_mlp, undone_on_error
 
@@ -194,7 +194,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        RuntimeError: FSDP has changed the classes of fused modules.
+        RuntimeError: something else, as FSDP or ``torch.nn.utils.parametrize``, has changed the class of a fused module.
     """
     _check_module(model)
     from .models import set_inference, set_recompute_mlp, undone_on_error, unfuse_classes

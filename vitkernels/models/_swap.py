@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import _fold
 from .attention_pool import FusedAttentionPool
@@ -35,9 +36,13 @@ def fuse_classes(model: nn.Module) -> None:
 def unfuse_classes(model: nn.Module) -> None:
     """The reverse; ``RuntimeError`` if something else has put its own class over a fused one."""
     fused = tuple(_all_classes().values())
-    changed = (m for m in model.modules() if isinstance(m, fused) and type(m) not in fused)
-    if any(not getattr(module, "fused_from_the_start", False) for module in changed):
-        raise RuntimeError("a fused module's class was changed by something else (FSDP): unfuse before wrapping the model")
+    for name, module in model.named_modules():
+        if not isinstance(module, fused) or type(module) in fused or getattr(module, "fused_from_the_start", False):
+            continue
+        where = f"the class of {name or 'the model'}, a fused module, is {type(module).__name__} now"
+        if parametrize.is_parametrized(module):
+            raise RuntimeError(f"{where}: remove its parametrizations, or unfuse before parametrizing it")
+        raise RuntimeError(f"{where}, which something else has made (as FSDP does): unfuse before wrapping the model")
     _swap(model, {cls: stock for stock, cls in _all_classes().items()})
 
 

@@ -38,15 +38,18 @@ class FusedAttentionPool(AttentionPoolLatent):
 
     def fused(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """The fused forward, for callers that have asked ``why_not``."""
+        batch, keys, width = x.shape
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
-        heads = (self.num_heads, self.head_dim)
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, heads)  # (B, L, H, Dh)
-        k, v = self.kv(x).unflatten(-1, (2, *heads)).unbind(2)  # (B, M, H, Dh) each
+        # timm's shapes, so that sizes set by hand are refused as in timm.
+        queries, heads = self.latent_len, (self.num_heads, self.head_dim)
+        q = self.q(self.latent.expand(batch, -1, -1)).reshape(batch, queries, *heads)  # (B, L, H, Dh)
+        k, v = self.kv(x).reshape(batch, keys, 2, *heads).unbind(2)  # (B, M, H, Dh) each
         # The norms see heads first, as in timm.
         q = self.q_norm(q.transpose(1, 2)).transpose(1, 2)
         k = self.k_norm(k.transpose(1, 2)).transpose(1, 2)
-        x = self.proj_drop(self.proj(attention(q, k, v, attn_mask, False)))
+        x = attention(q, k, v, attn_mask, False).reshape(batch, queries, width)
+        x = self.proj_drop(self.proj(x))
         if self.mlp is not None:
             x = x + self.mlp(self.norm(x))
         if self.pool == "token":

@@ -165,6 +165,9 @@ class FusedBlock(Block):
             reasons += _guard.children(feed_forward, "mlp.", _MLP_PARTS)
             for name in ("drop1", "drop2"):
                 reasons += _dropout(f"mlp.{name}", feed_forward._modules.get(name))
+            act = feed_forward._modules.get("act")
+            if type(act) is nn.GELU and act.approximate not in ("none", "tanh"):
+                reasons.append(f"mlp.act approximates by {act.approximate!r}")
         for name in ("norm1", "norm2"):
             norm = self._modules.get(name)
             if norm is not None and norm.__dict__.get("_fast_norm"):

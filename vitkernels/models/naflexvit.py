@@ -5,6 +5,7 @@ mixed batch it loops over the grid sizes, five launches each, after two host syn
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,12 @@ _SHIPPED_POSITIONS = _guard.shipped(
 _SHIPPED = _guard.shipped_forwards(NaFlexEmbeds, *_PARTS) + _guard.shipped(
     (timm_naflex, "batch_patchify"), (F, "linear"), (nn.Conv2d, "_conv_forward"), (F, "conv2d")
 )
+_OPTIONS = frozenset(field.removeprefix("patchify_") for field in timm_naflex.NaFlexVitCfg.__dataclass_fields__)
+
+
+def _option(embeds: NaFlexEmbeds, name: str, default: bool) -> Any:
+    """An attribute that not every timm from 1.0.26 on reads; the others do what ``default`` says, whatever it is set to."""
+    return getattr(embeds, name, default) if name in _OPTIONS else default
 
 
 class FusedNaFlexEmbeds(NaFlexEmbeds):
@@ -71,17 +78,20 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     def _convolution(self):
         if type(self.proj) is nn.Conv2d:
             return self.proj.weight
-        if getattr(self, "channels_last", True):  # timm 1.0.26 has no choice
+        if _option(self, "channels_last", True):
             return linear_as_convolution(self.proj.weight, self.patch_size)
         return self.proj.weight.unflatten(1, (self.in_chans, *self.patch_size))
 
     @disable_compiler
     @functools.wraps(NaFlexEmbeds._apply_learned_naflex_pos_embed)
     def _apply_learned_naflex_pos_embed(self, x, patch_coord):
-        if self.why_not():
+        # Other coordinates (of fewer images, with a third column) timm takes in its own way, or refuses.
+        if self.why_not() or patch_coord.shape[::2] != (x.shape[0], 2) or x.shape[2:] != self.pos_embed.shape[3:]:
             return super()._apply_learned_naflex_pos_embed(x, patch_coord)
         # (B, 2), the one synchronisation. Coordinates may be floats, of a batch that was cast as a whole.
         sizes = [(int(height), int(width)) for height, width in (patch_coord.amax(dim=1) + 1).tolist()]
+        if any(min(size) < 1 for size in sizes):
+            return super()._apply_learned_naflex_pos_embed(x, patch_coord)
         if len(set(sizes)) == 1:
             sizes = sizes[:1]  # and the copy is broadcast
         x += self._resampled(sizes, x.shape[1], x.dtype)
@@ -103,9 +113,9 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             self.pos_embed.shape[1:3],
             0,
             self.pos_embed_interp_mode,
-            getattr(self, "pos_embed_antialias", True),  # timm < 1.0.28 has neither choice
-            align_corners=getattr(self, "pos_embed_align_corners", False),
-            preserve_aspect_ratio=self.pos_embed_ar_preserving,
+            bool(_option(self, "pos_embed_antialias", True)),
+            align_corners=_option(self, "pos_embed_align_corners", False),
+            preserve_aspect_ratio=bool(self.pos_embed_ar_preserving),
             pad_to=pad_to,
         )
         return rows.to(dtype)
@@ -139,6 +149,9 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
             reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not (1, h, w, D)")
+        aligned = _option(self, "pos_embed_align_corners", False)
+        if aligned is not True and aligned is not False:
+            reasons.append(f"pos_embed_align_corners is {aligned!r}")
         if self.pos_embed_interp_mode not in _MODES:
             reasons.append(f"interpolation is {self.pos_embed_interp_mode}, not {' or '.join(_MODES)}")
         return reasons
@@ -152,6 +165,10 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             return [f"patch_size is {patch!r}, not (height, width)"]
         patch_h, patch_w = patch
         weight, bias, reasons = _guard.attribute(proj, "weight"), _guard.attribute(proj, "bias"), []
+        if self.is_linear != (type(proj) is nn.Linear):
+            reasons.append(f"is_linear is {self.is_linear}, and proj is a {type(proj).__name__}")
+        elif not self.is_linear and not self.flatten:
+            reasons.append("flatten is False")
         if bias is not None and bias.shape != weight.shape[:1]:
             reasons.append(f"proj.bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
         if type(proj) is nn.Conv2d:

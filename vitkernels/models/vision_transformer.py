@@ -148,7 +148,7 @@ vars(VisionTransformer.__init__)["__signature__"] = _INIT.replace(
 
 def _check(arguments: dict[str, Any], representation_size: Any) -> None:
     pos_embed, width = arguments["pos_embed"], arguments["embed_dim"]
-    if pos_embed not in _POS_EMBED:
+    if not isinstance(pos_embed, str) or pos_embed not in _POS_EMBED:
         raise ValueError(f"pos_embed must be one of {_POS_EMBED}, got {pos_embed!r}")
     if pos_embed == "sincos2d" and width % 4:
         raise ValueError(f"pos_embed='sincos2d' needs an embed_dim divisible by 4 (sine and cosine, two axes), got {width}")

@@ -23,6 +23,7 @@ from . import patch_embed as patch_embed_operator
 from . import resample_pos_embed as resample_pos_embed_operator
 from .attention import attention as attention_operator
 from .attention import attention_qkv as attention_qkv_operator
+from .attention import masked_as_in_pytorch, takes_mask
 from .linear import linear as linear_operator
 from .mlp import projected_mlp as projected_mlp_operator
 from .patch_embed import convolves, positions_fit
@@ -51,9 +52,10 @@ def attention_packed(qkv: Tensor, num_heads: int, head_dim: int, attn_mask: Tens
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return dense(q, k, v, None, attn_mask, is_causal).flatten(2)
     else:
-        if is_causal:
+        if is_causal or attn_mask is not None:
             q, k, v = qkv.unbind(2)
-            return attention(q, k, v, attn_mask, is_causal)
+            if is_causal or not takes_mask(q, k, attn_mask):
+                return attention(q, k, v, attn_mask, is_causal)
         return attention_qkv_operator(qkv, bias=attn_mask).flatten(2)
 
 
@@ -63,6 +65,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_caus
     if torch.jit.is_scripting() or is_causal:
         return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, attn_mask, is_causal).flatten(2)
     else:
+        if not takes_mask(q, k, attn_mask):
+            return masked_as_in_pytorch(q, k, v, attn_mask).flatten(2)
         return attention_operator(q, k, v, bias=attn_mask).flatten(2)
 
 

@@ -1,7 +1,6 @@
 """Softmax attention over tokens-major heads, dense or packed. Parts as in ``layer_norm.py``."""
 
 import itertools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
+from ..reference.attention import dense
 from . import _check
 from ._register import register
 from .linear import allows_tf32
@@ -201,6 +201,30 @@ class _AttentionQKV(torch.autograd.Function):
 # 4. The public functions.
 
 
+def takes_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Is ``mask`` None, or one that ``scaled_dot_product_attention`` takes in any case? Operators take a bias of more kinds.
+
+    Of the others PyTorch refuses most, and some only where no gradient is recorded: they are for its own operator.
+    """
+    if mask is None:
+        return True
+    cast = _select.autocast_dtype(q) is not None and q.dtype != torch.float64
+    dtypes = (torch.bool, *KERNEL_DTYPES) if cast else (torch.bool, torch.float32, q.dtype)
+    if not isinstance(mask, Tensor) or mask.dtype not in dtypes or mask.dim() < 2:
+        return False
+    return _check.broadcasts(tuple(mask.shape), (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+
+
+def masked_as_in_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """(B, N, H, Dh) of PyTorch's own operator, for what is not ``takes_mask``; its error, with a note that tells the mask."""
+    try:
+        return dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, mask)
+    except (IndexError, RuntimeError, TypeError) as error:
+        is_tensor = isinstance(mask, Tensor)
+        error.add_note(f"attn_mask is a {mask.dtype} tensor of {tuple(mask.shape)}" if is_tensor else f"attn_mask is {mask!r}")
+        raise
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -217,9 +241,10 @@ def attention(
         q: (B, N, H, Dh), any strides; (total, H, Dh) with ``cu_seqlens``.
         k, v: (B, M, H, Dh) of ``q``'s dtype; (total, H, Dh) with ``cu_seqlens``.
         scale: default ``Dh ** -0.5``.
-        bias: additive, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a row that masks every
-            key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean of ``v``, as in
-            timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with ``cu_seqlens``.
+        bias: additive, of any float dtype, broadcastable to (B, H, N, M), or bool (True attends). ``-inf`` masks a key, and a
+            row that masks every key gives zeros and zero gradients. A row of ``torch.finfo(dtype).min`` alone gives the mean
+            of ``v``, as in timm. Read in its own strides and dtype: a key mask (B, 1, 1, M) is not expanded. Not with
+            ``cu_seqlens``.
         cu_seqlens: int32 (B + 1,), ascending from 0, never beyond total: image b owns rows
             ``cu_seqlens[b]:cu_seqlens[b + 1]``, and attends to itself only. A length may be 0. Rows from ``cu_seqlens[-1]``
             on belong to no image (a batch padded to a fixed total): whatever they hold, their output and gradients are 0.
@@ -250,7 +275,7 @@ def attention(
         for name, t in (("k", k), ("v", v)):
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
-    _check_numbers(op, scale, max_seqlen)
+    scale, max_seqlen = _check_numbers(op, scale, max_seqlen)
     if not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
         return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     q, k, v = (_autocast(t) for t in (q, k, v))
@@ -283,7 +308,7 @@ def attention_qkv(
     if cu_seqlens is not None or bias is not None:
         q, k, _ = qkv.unbind(-3)
         _check_masks(op, q, k, bias, cu_seqlens)
-    _check_numbers(op, scale, max_seqlen)
+    scale, max_seqlen = _check_numbers(op, scale, max_seqlen)
 
     def reasons() -> list[str]:
         q, k, v = qkv.unbind(-3)
@@ -317,11 +342,12 @@ def _numbers(q: Tensor, max_seqlen: int | None, scale: float | None) -> tuple[in
     return max_seqlen or 0, q.shape[-1] ** -0.5 if scale is None else float(scale), allow_tf32
 
 
-def _check_numbers(op: str, scale: float | None, max_seqlen: int | None) -> None:
+def _check_numbers(op: str, scale: float | None, max_seqlen: int | None) -> tuple[float | None, int | None]:
     if scale is not None:
-        _check.number(op, "scale", scale)
+        scale = _check.number(op, "scale", scale)
     if max_seqlen is not None:
-        _check.number(op, "max_seqlen", max_seqlen, numbers.Integral)
+        max_seqlen = _check.integer(op, "max_seqlen", max_seqlen)
+    return scale, max_seqlen
 
 
 def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None) -> None:

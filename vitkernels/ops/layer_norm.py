@@ -257,7 +257,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     _check.tensor("layer_norm", "x", x)
-    check_norm("layer_norm", x, weight, bias, eps, x.dtype)
+    eps = check_norm("layer_norm", x, weight, bias, eps, x.dtype)
     return dispatch_layer_norm(x, weight, bias, eps)
 
 
@@ -301,7 +301,7 @@ def add_layer_norm(
     stream_dtype = torch.promote_types(x.dtype, residual.dtype)
     if layer_scale is not None:
         stream_dtype = torch.promote_types(stream_dtype, layer_scale.dtype)
-    check_norm(op, x, weight, bias, eps, stream_dtype)
+    eps = check_norm(op, x, weight, bias, eps, stream_dtype)
     if not _select.use_kernel(op, x, lambda: why_not(x, weight, bias, residual, layer_scale), MIN_BYTES):
         return reference.add_layer_norm(x, residual, weight, bias, eps, layer_scale=layer_scale)
     out_dtype = _select.norm_dtype(x, stream_dtype)
@@ -316,20 +316,24 @@ def check_norm(
     eps: float,
     dtype: torch.dtype,
     names: tuple[str, str, str] = ("weight", "bias", "eps"),
-) -> None:
-    """Check the parameters of a LayerNorm of ``dtype`` rows as wide as ``x``'s, by the names that messages give them."""
+) -> float:
+    """Check the parameters of a LayerNorm of ``dtype`` rows as wide as ``x``'s, by the names that messages give them.
+
+    Returns ``eps``.
+    """
     size = _check.last_dim(op, "x", x)
     weight_name, bias_name, eps_name = names
     _check.vector(op, weight_name, weight, size)
     _check.vector(op, bias_name, bias, size)
-    _check.number(op, eps_name, eps)
+    eps = _check.number(op, eps_name, eps)
     if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
-        return
+        return eps
     if _select.autocast_dtype(x) is not None:
-        return
+        return eps
     accepted = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
     for name, param in ((weight_name, weight), (bias_name, bias)):
         if param is not None:
             _check.tensor(op, name, param, accepted)
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"{op}: {weight_name} and {bias_name} must have one dtype, got {weight.dtype} and {bias.dtype}")
+    return eps

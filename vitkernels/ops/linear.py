@@ -353,7 +353,7 @@ def linear(
             raise TypeError(f"{op}: norm must be (weight, bias, eps), got {type(norm).__name__}")
         if len(norm) != 3:
             raise ValueError(f"{op}: norm must be (weight, bias, eps), got {len(norm)} elements")
-        check_norm(op, x, *norm, x.dtype, ("norm's weight", "norm's bias", "norm's eps"))
+        norm = (*norm[:2], check_norm(op, x, *norm, x.dtype, ("norm's weight", "norm's bias", "norm's eps")))
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
 

@@ -184,7 +184,7 @@ def mlp(
     op = "mlp"
     _check.tensor(op, "x", x)
     width = _check.last_dim(op, "x", x)
-    check_norm(op, x, norm_weight, norm_bias, eps, x.dtype, ("norm_weight", "norm_bias", "eps"))
+    eps = check_norm(op, x, norm_weight, norm_bias, eps, x.dtype, ("norm_weight", "norm_bias", "eps"))
     for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
         _check.tensor(op, name, weight, weight_dtypes(x))
     _check.shape(op, "fc1_weight", fc1_weight, ("F", width))
@@ -195,6 +195,7 @@ def mlp(
     check_bias(op, "fc2_bias", fc2_bias, x)
     _check.vector(op, "layer_scale", layer_scale, width)
     _check.choice(op, "act", act, ACTIVATIONS)
+    _check.flag(op, "recompute", recompute)
     if drop_path is not None:
         check_drop_path(op, drop_path, x)
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

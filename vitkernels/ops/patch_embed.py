@@ -238,6 +238,7 @@ def patch_embed(
             " (timm's dynamic_img_pad pads them)"
         )
     _check.vector(op, "bias", bias, width)
+    _check.flag(op, "pos_embed_prefix", pos_embed_prefix)
     _check_prefix_and_positions(
         prefix_tokens, pos_embed, pos_embed_prefix, (height // patch_h) * (image_width // patch_w), width
     )

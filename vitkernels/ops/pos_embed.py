@@ -1,7 +1,8 @@
 """Resampling of position embeddings. Parts as in ``layer_norm.py``; the kernels are C++ and CUDA C++, in ``vitkernels._C``.
 
 On a CPU the C++ kernel is 4 to 40 times as fast as ``F.interpolate`` at D = 768, 1.1 to 1.5 times in bilinear mode without
-antialias, so here ``auto`` takes it there too. What ``torch.export`` and ``torch.jit.trace`` record on a CPU is PyTorch's own.
+antialias, so here ``auto`` takes it there too. What ``torch.export``, ``torch.jit.trace`` and ``make_fx`` record on a CPU is
+PyTorch's own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 
 from .. import _env, _select
 from ..reference import pos_embed as reference
@@ -18,6 +20,7 @@ from ._register import register
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_SIDE = 512  # of a grid, for the CUDA kernel: a row of the grid and its weights have to fit into shared memory
 MAX_SIZES = 448  # of one launch: they are kernel arguments, 4 kB, and so need no copy to the device
+_UNORDERED = (set, frozenset, dict)  # hold no pair of sizes: none of the two comes first
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # vitkernels::Dtype
 
 # 1. Registration. Both operators are linear and each is the other's transpose. `sizes` is flat: h, w of each copy. Bytes: the
@@ -186,11 +189,20 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
 
 def _records_a_program() -> bool:
     """Is this call recorded to be saved, and so to run where there may be no vitkernels?"""
-    return reference.exporting() or _jit_tracing()
+    return reference.exporting() or _jit_tracing() or _fx_tracing()
 
 
 def _jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def _fx_tracing() -> bool:
+    """Does ``make_fx`` record? Also for ``aot_module``, but not under ``torch.compile``, whose graphs stay in this process."""
+    # make_fx is a mode of one kind or of the other. Without any, which is quickly seen, nothing is asked.
+    watched = not torch.compiler.is_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    )
+    return watched and proxy_tensor.get_proxy_mode() is not None
 
 
 def _why_not_traced(*sizes: Any) -> list[str]:
@@ -273,8 +285,10 @@ def resample_pos_embed(
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     op = "resample_pos_embed"
-    old_size = _check_table(op, posemb, old_size, num_prefix_tokens, interpolation, antialias, align_corners)
+    old_size, num_prefix_tokens = _check_table(op, posemb, old_size, num_prefix_tokens, interpolation, antialias, align_corners)
+    _check.flag(op, "verbose", verbose)
     new_size = _pair(op, "new_size", new_size)
+    _check_elements(op, "new_size", new_size[0] * new_size[1], posemb.shape[-1])
     if reference.unchanged(posemb, new_size, old_size, num_prefix_tokens):
         return posemb
     if verbose:
@@ -313,13 +327,16 @@ def resample_pos_embed_many(
         RuntimeError: the backend is ``fused`` and the kernel cannot run; the message lists why.
     """
     op = "resample_pos_embed_many"
-    old_size = _check_table(op, posemb, old_size, num_prefix_tokens, interpolation, antialias, align_corners)
-    _check_flag(op, "preserve_aspect_ratio", preserve_aspect_ratio)
-    if not isinstance(sizes, Iterable):
+    old_size, num_prefix_tokens = _check_table(op, posemb, old_size, num_prefix_tokens, interpolation, antialias, align_corners)
+    _check.flag(op, "preserve_aspect_ratio", preserve_aspect_ratio)
+    # The class of tensors and arrays is iterable, those of no dimension are not.
+    if not isinstance(sizes, Iterable) or isinstance(sizes, _UNORDERED) or getattr(sizes, "ndim", 1) == 0:
         raise TypeError(f"{op}: sizes must be a sequence of (h, w), got {sizes!r}")
     sizes = [_pair(op, "sizes", size) for size in sizes]
+    _check_elements(op, "sizes", sum(h * w for h, w in sizes if type(h) is type(w) is int), posemb.shape[-1])
     if pad_to is not None:
-        _check_integer(op, "pad_to", pad_to)
+        pad_to = _check.integer(op, "pad_to", pad_to)
+        _check_elements(op, "pad_to", pad_to * max(len(sizes), 1), posemb.shape[-1])
         if pad_to < max(1, num_prefix_tokens):
             raise ValueError(f"{op}: pad_to must hold the {num_prefix_tokens} prefix rows and at least one, got {pad_to}")
     options = (interpolation, antialias, bool(align_corners), preserve_aspect_ratio, pad_to)
@@ -369,55 +386,51 @@ def _unwatched(posemb: Tensor) -> bool:
 
 def _check_table(
     op: str, posemb: Tensor, old_size: Any, num_prefix_tokens: int, interpolation: str, antialias: bool, align_corners: Any
-) -> tuple[int, int] | None:
-    """All but the new sizes; returns ``old_size``."""
+) -> tuple[tuple[int, int] | None, int]:
+    """All but the new sizes; returns ``old_size`` and ``num_prefix_tokens``."""
     _check.tensor(op, "posemb", posemb)
     if posemb.layout is not torch.strided:
         raise TypeError(f"{op}: posemb must be of layout torch.strided, got {posemb.layout}")
     shape = posemb.shape
     if len(shape) != 3 or shape[0] != 1:
         _check.shape(op, "posemb", posemb, (1, "P + h*w", "D"))
-    if interpolation not in INTERPOLATIONS:
+    if type(interpolation) is not str or interpolation not in INTERPOLATIONS:
         _check.choice(op, "interpolation", interpolation, INTERPOLATIONS)
-    _check_flag(op, "antialias", antialias)
+    _check.flag(op, "antialias", antialias)
     if align_corners is not None:
-        _check_flag(op, "align_corners", align_corners)
+        _check.flag(op, "align_corners", align_corners)
     if type(num_prefix_tokens) is not int:
-        _check_integer(op, "num_prefix_tokens", num_prefix_tokens)
+        num_prefix_tokens = _check.integer(op, "num_prefix_tokens", num_prefix_tokens)
     tokens = shape[1] - num_prefix_tokens
     if num_prefix_tokens < 0 or tokens < 1:
         raise ValueError(f"{op}: num_prefix_tokens must leave at least one of {shape[1]} rows, got {num_prefix_tokens}")
     if old_size is None:
         if reference.grid_of(posemb, None, num_prefix_tokens)[0] ** 2 != tokens:
             raise ValueError(f"{op}: old_size is needed, since {tokens} tokens are not a square grid")
-        return None
+        return None, num_prefix_tokens
     old_size = _pair(op, "old_size", old_size)
     if old_size[0] * old_size[1] != tokens:
         raise ValueError(f"{op}: old_size must be two positive integers with product {tokens}, got {old_size}")
-    return old_size
-
-
-def _check_flag(op: str, name: str, value: Any) -> None:
-    if value is not True and value is not False:
-        raise TypeError(f"{op}: {name} must be one of True, False, got {value!r}")
-
-
-def _check_integer(op: str, name: str, value: Any) -> None:
-    # __index__: NumPy's integers, and a tensor that torch.jit.trace puts in the place of a size. A bool is an int, too.
-    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or hasattr(type(value), "__index__")):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    return old_size, num_prefix_tokens
 
 
 def _pair(op: str, name: str, size: Any) -> tuple[int, int]:
     """``size`` as (h, w). What fails costs nothing where nothing does: a small table takes 9 us in all."""
     wrong: type[Exception] = ValueError
     try:
+        if isinstance(size, _UNORDERED):
+            raise TypeError
         height, width = size
         if type(height) is not int or type(width) is not int:
-            _check_integer(op, name, height)
-            _check_integer(op, name, width)
+            height, width = _check.integer(op, name, height), _check.integer(op, name, width)
         if height >= 1 and width >= 1:
             return height, width
     except (TypeError, ValueError) as error:
         wrong = type(error)
     raise wrong(f"{op}: {name} must be two positive integers, got {size!r}")
+
+
+def _check_elements(op: str, name: str, rows: Any, channels: Any) -> None:
+    """Copies that no memory could hold are named here; those too large for this machine's, by PyTorch's allocator."""
+    if not torch.compiler.is_compiling() and type(rows) is int and type(channels) is int and rows * channels >= 2**63:
+        raise ValueError(f"{op}: {name} must ask for less than 2^63 elements, got more")

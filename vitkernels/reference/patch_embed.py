@@ -82,7 +82,7 @@ def pixel_statistics(mean: Any, std: Any, images: Tensor, weight: Tensor) -> tup
 
 def _numbers(name: str, value: Any, channels: int, dtype: torch.dtype) -> list[float]:
     accepted = f"patch_embed: {name} must be a Tensor, or a list or tuple of {channels} numbers"
-    values = value.tolist() if hasattr(value, "tolist") else value  # an array of NumPy
+    values = value.tolist() if hasattr(type(value), "tolist") else value  # an array of NumPy
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{accepted}, got {type(value).__name__}")
     if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values):
