@@ -397,7 +397,7 @@ def test_load_state_dict_folds_again(assign):
     stock, model = folded(init_values=0.1)
     doubled(stock.parameters())
     model.load_state_dict(copy.deepcopy(stock.state_dict()), assign=assign)
-    assert model.blocks[0].folded is None, "told by the block, for compiled graphs"
+    assert model.blocks[0]._vk_folded is None, "told by the block, for compiled graphs"
     assert_follows(model, stock)
     assert uses_folded(model)
 
@@ -495,10 +495,33 @@ def test_what_changes_twice_between_calls_folds_again_though_its_memory_is_reuse
 
 
 @on_a_cpu
+@pytest.mark.parametrize("path", ["ls2.gamma", "mlp.fc2.weight", "attn.proj.bias"])
+def test_a_weight_that_is_a_buffer_is_followed(path):
+    """As frozen weights are kept by some, out of reach of optimizers."""
+    stock, model = folded(init_values=0.1)
+    for network in (stock, model):
+        owner, _, name = path.rpartition(".")
+        layer = network.blocks[1].get_submodule(owner)
+        value = getattr(layer, name).detach()
+        delattr(layer, name)
+        layer.register_buffer(name, value)
+    assert_follows(model, stock)
+    assert uses_folded(model)
+    for network in (stock, model):
+        network.blocks[1].get_buffer(path).mul_(1.5)
+    assert_follows(model, stock)
+    for network in (stock, model):
+        layer = network.blocks[1].get_submodule(owner)
+        layer.register_buffer(name, 0.7 * getattr(layer, name))
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
+@on_a_cpu
 def test_a_copy_and_a_pickle_fold_again_and_hold_no_memory_of_the_original():
     stock, model = folded(init_values=0.1)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.blocks[0].folded is None
+        assert copied.blocks[0]._vk_folded is None
         assert_follows(copied, stock)
         assert uses_folded(copied)
 
@@ -542,7 +565,7 @@ def test_train_drops_the_copies_and_eval_does_not_bring_them_back():
     assert copies_of(model)
     model.train()
     assert copies_of(model) == {}
-    assert not model.blocks[0].inference
+    assert not model.blocks[0]._vk_inference
     assert_follows(model.eval(), stock)
     assert copies_of(model) == {}
 

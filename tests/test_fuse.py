@@ -147,6 +147,30 @@ def test_unfuse_names_the_module_whose_class_is_no_longer_ours_and_who_changed_i
         vk.unfuse(model)
 
 
+NAMES = ["embed", "fused", "inference", "folded", "recompute_mlp", "pixel_statistics"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("after", [True, False])
+def test_names_of_a_users_own_stay_the_users(name, after):
+    model = small(init_values=0.1)
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    expected = model(IMAGES)
+    options = {"inference": True, "recompute": "mlp", "input": "uint8"}
+    if after:
+        vk.fuse(model, **options)
+    for module in model.modules():
+        module.register_buffer(name, torch.ones(3))
+    names = list(model.state_dict())
+    if not after:
+        vk.fuse(model, **options)
+    for _ in range(2):
+        assert list(model.state_dict()) == names
+        assert all(torch.equal(getattr(module, name), torch.ones(3)) for module in model.modules())
+        torch.testing.assert_close(model(IMAGES), expected, atol=1e-5, rtol=1e-5)
+        vk.unfuse(model)
+
+
 def test_fusing_twice_is_harmless():
     model = vk.fuse(small())
     once = outputs_and_gradients(model, IMAGES)

@@ -122,7 +122,7 @@ def test_recompute_is_a_switch_of_fuse_with_bitwise_the_same_gradients(variant):
     with on(variant):
         saved = results(vk.fuse(model), images)
         recomputed = results(vk.fuse(model, recompute="mlp"), images)
-    assert all(block.recompute_mlp for block in model.blocks)
+    assert all(block._vk_recompute_mlp for block in model.blocks)
     for name, value in saved.items():
         assert torch.equal(value, recomputed[name]), name
 
@@ -152,12 +152,12 @@ def test_the_switch_is_copied_and_pickled_is_no_state_and_is_undone():
     vk.fuse(model, recompute="mlp")
     assert list(model.state_dict()) == keys
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(block.recompute_mlp for block in clone.blocks)
+        assert all(block._vk_recompute_mlp for block in clone.blocks)
     vk.fuse(model)
-    assert not any(block.recompute_mlp for block in model.blocks)
+    assert not any(block._vk_recompute_mlp for block in model.blocks)
     vk.unfuse(vk.fuse(model, recompute="mlp"))
-    assert not any("recompute_mlp" in m.__dict__ for m in model.modules())
-    assert not any(hasattr(m, "recompute_mlp") for m in model.modules())
+    assert not any("_vk_recompute_mlp" in m.__dict__ for m in model.modules())
+    assert not any(hasattr(m, "_vk_recompute_mlp") for m in model.modules())
 
 
 def test_an_unknown_part_to_recompute_is_refused_before_anything_changes():

@@ -152,7 +152,7 @@ def test_the_same_numbers_under_autocast(stem_kernel):
     stock, fused = models(reg_tokens=4)
     x = images(stock)
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = fused.embed(x), stock._pos_embed(stock.patch_embed(x))
+        got, expected = fused._vk_embed(x), stock._pos_embed(stock.patch_embed(x))
     assert got.dtype == expected.dtype == torch.float32
     oracle = copy.deepcopy(stock).double()
     assert_within_budget("tokens", got, expected, oracle._pos_embed(oracle.patch_embed(x.double())))
@@ -319,8 +319,8 @@ def test_uint8_statistics_survive_a_change_of_dtype_and_are_in_no_state_dict():
     torch.save(fused, buffer)
     again = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     assert torch.equal(again(pixels), fused(pixels))
-    compiled = torch.compile(fused.embed, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(pixels), fused.embed(pixels))
+    compiled = torch.compile(fused._vk_embed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels), fused._vk_embed(pixels))
 
 
 @pytest.mark.parametrize(
@@ -331,18 +331,30 @@ def test_uint8_statistics_survive_a_change_of_dtype_and_are_in_no_state_dict():
         lambda m: m.to(torch.bfloat16),
         lambda m: m.to("meta", torch.bfloat16),
         lambda m: m.patch_embed.double(),
+        lambda m: m.to("meta").to_empty(device="cpu"),
         copy.deepcopy,
     ],
-    ids=["bfloat16", "half", "to bfloat16", "to meta", "double", "deepcopy"],
+    ids=["bfloat16", "half", "to bfloat16", "to meta", "double", "to_empty", "deepcopy"],
 )
 def test_uint8_statistics_move_and_keep_their_bits(change):
     _, fused = with_statistics()
     expected = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     changed = change(fused)
     stem = getattr(changed, "patch_embed", changed)
-    assert stem.pixel_statistics.dtype == torch.float32
-    assert stem.pixel_statistics.device == stem.proj.weight.device
-    assert stem.pixel_statistics.is_meta or torch.equal(stem.pixel_statistics, expected)
+    assert stem._vk_pixel_statistics.dtype == torch.float32
+    assert stem._vk_pixel_statistics.device == stem.proj.weight.device
+    assert stem._vk_pixel_statistics.is_meta or torch.equal(stem._vk_pixel_statistics, expected)
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_model_fused_on_meta_takes_uint8_when_it_is_loaded(assign):
+    stock, fused = with_statistics()
+    empty = vk.fuse(copy.deepcopy(stock).to("meta"), input="uint8")
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(stock.state_dict(), assign=assign)
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(empty(pixels), fused(pixels))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes

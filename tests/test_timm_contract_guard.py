@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.parallel import replicate
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import vitkernels
@@ -432,7 +433,71 @@ def test_replicas_of_data_parallel_give_stocks_numbers_and_leave_the_model_as_it
     assert [module._non_persistent_buffers_set for module in fused.modules()] == transient
 
 
+class _Attention(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 1.5 * result if function in (F.scaled_dot_product_attention, F.interpolate) else result
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"class_token": False, "global_pool": "map"}, {"dynamic_img_size": True}],
+    ids=["blocks", "pooling", "positions"],
+)
+def test_a_mode_that_changes_functions_of_torch_takes_effect(arguments):
+    stock, fused = stock_and_fused(**arguments)
+    x = images(2, (96, 64)) if "dynamic_img_size" in arguments else images()
+    before = stock(x)
+    with _Attention():
+        expected, got = stock(x), fused(x)
+    assert not torch.equal(expected, before)
+    assert_same(got, expected)
+    with torch.device("cpu"):  # a mode as well, of PyTorch's own
+        assert counted(fused, x)[1] == 2
+
+
 # Shapes that timm broadcasts, or refuses.
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_a_norm_of_heads_and_tokens_takes_effect(name):
+    """17 tokens of 17 heads: the shapes alone would fit the fused forward's layout, tokens first."""
+
+    def modify(model):
+        norm = nn.LayerNorm((17, 4))
+        nn.init.normal_(norm.weight)
+        setattr(model.blocks[1].attn, name, norm)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+
+    def seeded(model):
+        torch.set_rng_state(state)
+        modify(model)
+
+    assert_modified_alike(seeded, embed_dim=68, num_heads=17)
+
+
+def test_a_layer_scale_in_place_of_another_dtype_takes_effect():
+    def modify(model):
+        for name in ("ls1", "ls2"):
+            getattr(model.blocks[1], name).float().inplace = True
+
+    stock, fused = stock_and_fused(init_values=0.1)
+    for model in (stock, fused):
+        modify(model.bfloat16())
+    x = images().bfloat16()
+    got, ran = counted(fused, x)
+    assert got.dtype == torch.bfloat16
+    assert ran == 1
+    torch.testing.assert_close(got, stock(x), atol=0.05, rtol=0.05)
+
+
+def test_a_layer_scale_of_integers_takes_effect():
+    def modify(model):
+        model.blocks[1].ls1.gamma = nn.Parameter(torch.full((64,), 2), requires_grad=False)
+
+    assert_modified_alike(modify, init_values=0.1)
 
 
 def test_a_layer_norm_over_two_dimensions_runs_timms_forward():

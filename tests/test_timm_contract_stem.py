@@ -14,7 +14,7 @@ from test_timm_contract import (
 from test_timm_contract_guard import HOOKS, forward_hook
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import vitkernels
@@ -403,6 +403,30 @@ def test_a_number_in_the_place_of_positions_takes_effect():
         model.pos_embed = 0.5
     x = images()
     assert_same(fused(x), stock(x))
+
+
+class _Doubling(Tensor):
+    """A subclass that acts where timm's forward uses it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        return 2 * result if func in (Tensor.add, Tensor.__add__, Tensor.expand) else result
+
+
+@pytest.mark.parametrize("change", ["integers", "a subclass"])
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token", "reg_token"])
+def test_positions_and_tokens_of_integers_or_a_subclass_take_effect(name, change):
+    stock, fused = stock_and_fused(reg_tokens=2)
+    x = images()
+    before = stock(x)
+    for model in (stock, fused):
+        value = getattr(model, name).detach()
+        value = (10 * value).long() if change == "integers" else value.as_subclass(_Doubling)
+        setattr(model, name, nn.Parameter(value, requires_grad=False))
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused(x).as_subclass(Tensor), expected.as_subclass(Tensor))
 
 
 def test_an_image_of_another_size_is_broadcast_or_refused_as_in_timm():

@@ -147,7 +147,7 @@ def test_a_feature_extractor_of_a_model_in_training_does_not_take_our_draw_for_d
     assert not any(name.startswith("blocks.1.drop_path1") for name in get_graph_node_names(fused)[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"inference": True}, {"input": "uint8"}])
+@pytest.mark.parametrize("options", [{}, {"inference": True}, {"input": "uint8"}, {"recompute": "mlp"}])
 def test_where_no_kernel_can_run_a_graph_of_torch_fx_has_timms_nodes(options, monkeypatch):
     """Quantisation and feature extractors find every layer, and the graph loads where vitkernels is not installed."""
     monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)  # the suite replaces it
@@ -157,6 +157,16 @@ def test_where_no_kernel_can_run_a_graph_of_torch_fx_has_timms_nodes(options, mo
     extractor = create_feature_extractor(fused, nodes)
     assert_same(extractor(x), create_feature_extractor(stock, nodes)(x))
     assert fused_nodes(extractor.graph) == (["float_pixels"] if "input" in options else [])
+
+
+@pytest.mark.parametrize("arguments", [{"class_token": False, "global_pool": "map"}, {"dynamic_img_size": True}])
+def test_where_no_kernel_can_run_a_graph_has_timms_pooling_and_positions(arguments, monkeypatch):
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    stock, fused = stock_and_fused(**arguments)
+    x = images()
+    extractor = create_feature_extractor(fused, {"head": "head"})
+    assert fused_nodes(extractor.graph) == []
+    assert_same(extractor(x)["head"], stock(x))
 
 
 def test_timms_graph_features_net_is_bitwise_equal_from_call_to_call():

@@ -124,7 +124,8 @@ def fuse(
             each block also tells the next its output's row statistics, unless one of the two has hooks. On a CPU under ``auto``
             nothing uses the copies: blocks run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
-            them (one of ``torch.fx`` does: it runs on the parameters), and nobody sees writes through ``parameter.data``.
+            them (one of ``torch.fx`` does: it runs on the parameters), and nobody sees writes that PyTorch does not count:
+            through ``parameter.data``, NumPy or DLPack, by another process, or to parameters made under ``inference_mode``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
             In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, lose
             accuracy.
@@ -280,7 +281,7 @@ def _note(model: nn.Module, example: torch.Tensor) -> str:
     """What ``FusedBlock.forward`` decides before it looks at the block."""
     from .models import FusedBlock
 
-    left = any(isinstance(module, FusedBlock) and not module.recompute_mlp for module in model.modules())
+    left = any(isinstance(module, FusedBlock) and not module._vk_recompute_mlp for module in model.modules())
     if not left or not _availability.leaves_to_pytorch(example):
         return ""
     return f"on a {example.device.type.upper()} under 'auto' fused blocks run timm's forward: no kernel of theirs can run there"

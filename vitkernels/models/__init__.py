@@ -1,4 +1,7 @@
-"""Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``."""
+"""Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``.
+
+What they add to a module starts with ``_vk_``, so that it neither hides nor deletes a user's own: ``model.embed``, say.
+"""
 
 from ._fold import copies_of
 from ._swap import FUSED_CLASSES, fuse_classes, set_inference, set_recompute_mlp, undone_on_error, unfuse_classes

@@ -1,11 +1,12 @@
 """``fuse(model, inference=True)``: each block keeps copies of its parameters with LayerNorm and LayerScale multiplied in.
 
-The copies are one attribute of the block, ``folded``, in no state dict and no list of buffers, and the parameters stay as they
-are, so that everything can be undone and every call that the copies do not serve (gradients, autocast) runs on the parameters.
-A call compares where the parameters lie and how often they were written with what was folded: after ``load_state_dict``,
-``.half()``, ``copy_`` or an optimizer's step the copies are made again. They are replaced in whole, by one assignment: of the
-threads that share a model each finds the old set or the new one. What is written in place through ``p.data`` counts as no
-write, and is not seen. The comparison costs 5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``,
+The copies are one attribute of the block, ``_vk_folded``, in no state dict and no list of buffers, and the parameters stay as
+they are, so that everything can be undone and every call that the copies do not serve (gradients, autocast) runs on the
+parameters. A call compares where the parameters lie and how often they were written with what was folded: after
+``load_state_dict``, ``.half()``, ``copy_`` or an optimizer's step the copies are made again. They are replaced in whole, by
+one assignment: of the threads that share a model each finds the old set or the new one. What PyTorch counts as no write is
+not seen: in place through ``p.data``, NumPy or DLPack, by another process, to a tensor made under ``inference_mode``. The
+comparison costs 5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``,
 ``_load_from_state_dict``, ``train``) is also told by the block.
 """
 
@@ -57,7 +58,7 @@ def fold(block: nn.Module) -> Copies:
         memory = [t.detach() for t in sources]
         state = _state(memory)
         copies = Copies(_folded(block) if sources else None, state, memory)
-    block.folded = copies
+    block._vk_folded = copies
     return copies
 
 
@@ -83,7 +84,7 @@ def copies_of(model: nn.Module) -> dict[str, Tensor]:
     """The copies that the blocks of ``model`` hold now, by names such as ``blocks.0.qkv.weight``."""
     found = {}
     for path, block in model.named_modules():
-        copies = block.__dict__.get("folded")
+        copies = block.__dict__.get("_vk_folded")
         for name, value in () if copies is None or copies.block is None else copies.block._asdict().items():
             fields = value._fields if isinstance(value, Folded) else ("weight", "bias")
             for field, tensor in () if value is None else zip(fields, value, strict=True):
@@ -116,8 +117,8 @@ def _parameters(block: nn.Module) -> list[Tensor]:
 
 def drop(block: nn.Module) -> None:
     """Leave nothing of ours on the block."""
-    block.__dict__.pop("inference", None)
-    block.__dict__.pop("folded", None)
+    block.__dict__.pop("_vk_inference", None)
+    block.__dict__.pop("_vk_folded", None)
 
 
 def _state(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
@@ -134,7 +135,7 @@ def _state(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
 
 def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    copies = block.folded
+    copies = block._vk_folded
     if torch.is_grad_enabled() or (copies is not None and copies.block is None):
         return None
     weight = _guard.attribute(block._modules["attn"]._modules["qkv"], "weight")  # not the input, which may be FX's proxy

@@ -32,9 +32,20 @@ def global_hooks() -> list[str]:
         or nn_module._global_backward_pre_hooks
     ):
         return ["a global module hook is registered"]
+    if found := function_modes():
+        return found
     if nn.Module.__call__ is not nn.Module._wrapped_call_impl and not _is_transparent(nn.Module.__call__):
         return ["nn.Module.__call__ was replaced"]
     return patched(_SHIPPED_CALLS)
+
+
+def function_modes() -> list[str]:
+    """A reason when a TorchFunctionMode is on that is neither PyTorch's own, as ``torch.device`` and export are, nor ours."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+        return []
+    modes = [type(mode) for mode in torch.overrides._get_current_function_mode_stack()]
+    foreign = [cls.__name__ for cls in modes if _package(cls.__module__) not in ("torch", "vitkernels")]
+    return [f"{', '.join(foreign)} is on, which may change any function of PyTorch"] if foreign else []
 
 
 def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
@@ -55,7 +66,9 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         elif type(child).__call__ is not nn.Module.__call__:
             reasons.append(f"{type(child).__name__}.__call__ was replaced")
         elif not plain(
-            tensors(child) if "weight" in state or "bias" in state or "gamma" in state else state["_parameters"].values()
+            tensors(child)
+            if "weight" in state or "bias" in state or "gamma" in state or state["_buffers"]
+            else state["_parameters"].values()
         ):
             reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass or no tensor")
     return reasons
@@ -80,12 +93,16 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def why_not_own(module: nn.Module, *names: str) -> list[str]:
-    """Reasons where ``module.name`` is neither None nor its own tensor: a number, or a property, as parametrize makes one."""
-    return [
-        f"{name} is not a tensor of the module's own"
-        for name in names
-        if hasattr(type(module), name) or not isinstance(attribute(module, name), (Tensor, type(None)))
-    ]
+    """Reasons where ``module.name`` is neither None nor its own plain tensor of floats: a number, a tensor subclass, or a
+    property, as parametrize makes one."""
+    reasons = []
+    for name in names:
+        value = attribute(module, name)
+        if hasattr(type(module), name) or not plain([value]):
+            reasons.append(f"{name} is not a plain tensor of the module's own")
+        elif value is not None and not value.is_floating_point():
+            reasons.append(f"{name} is of {value.dtype}")
+    return reasons
 
 
 def why_not_prefix(module: nn.Module, width: int) -> list[str]:
@@ -99,9 +116,10 @@ def why_not_prefix(module: nn.Module, width: int) -> list[str]:
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
-    """The weights of one of timm's and PyTorch's layers, as parameters or as plain attributes."""
+    """The weights of one of timm's and PyTorch's layers, as parameters, as plain attributes or as buffers."""
     state = module.__dict__
     found = [*state["_parameters"].values(), state.get("weight"), state.get("bias"), state.get("gamma")]
+    found += state["_buffers"].values()
     return [t for t in found if t is not None]
 
 

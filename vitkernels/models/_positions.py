@@ -15,6 +15,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ..ops import _availability
 from ..ops._leaves import resample_pos_embed
 from . import _guard
 
@@ -38,7 +39,9 @@ class FusedPositions(VisionTransformer):
     def _pos_embed(self, x, *args, **kwargs):
         if not isinstance(self, FusedPositions):  # unfused since this method was bound
             return VisionTransformer._pos_embed(self, x, *args, **kwargs)
-        apart = not self.dynamic_img_size or self.pos_embed is None or args or kwargs
+        # A graph of torch.fx that is traced where no other kernel runs is timm's, and needs no vitkernels to be loaded.
+        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
+        apart = traced or not self.dynamic_img_size or self.pos_embed is None or args or kwargs
         if apart or self.why_not_resampled() or _guard.patched(_SHIPPED):
             return super()._pos_embed(x, *args, **kwargs)
         batch, height, width, channels = x.shape
@@ -81,4 +84,4 @@ class FusedPositions(VisionTransformer):
             return [f"pos_embed of shape {tuple(positions.shape)} is not {num_positioned} tokens and a grid of {grid}"]
         if _FORGETS_THE_GRID and grid[0] != grid[1]:
             return [f"this timm does not resample a table of {grid} to a square grid of as many tokens"]
-        return _guard.patched(_SHIPPED_RESAMPLING)
+        return _guard.function_modes() + _guard.patched(_SHIPPED_RESAMPLING)

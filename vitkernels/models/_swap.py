@@ -56,9 +56,9 @@ def set_recompute_mlp(model: nn.Module, on: bool) -> None:
     """Whether fused blocks compute fc1 again in backward. A block that does not has no attribute of ours."""
     for module in model.modules():
         if on and isinstance(module, FusedBlock):
-            module.recompute_mlp = True
+            module._vk_recompute_mlp = True
         else:
-            module.__dict__.pop("recompute_mlp", None)
+            module.__dict__.pop("_vk_recompute_mlp", None)
 
 
 def set_inference(model: nn.Module, on: bool) -> None:
@@ -73,7 +73,7 @@ def set_inference(model: nn.Module, on: bool) -> None:
         return
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            module.inference = True
+            module._vk_inference = True
             _fold.fold(module)
         elif type(module) is FusedBlocks.stock and any(type(child) is FusedBlock for child in module.children()):
             module.__class__ = FusedBlocks

@@ -13,6 +13,7 @@ from timm.layers import AttentionPoolLatent
 from timm.layers.attention_pool import F, maybe_add_mask  # noqa: F401  names in timm's source, for TorchScript
 from torch import Tensor
 
+from ..ops import _availability
 from ..ops._leaves import attention
 from . import _guard
 
@@ -32,11 +33,15 @@ class FusedAttentionPool(AttentionPoolLatent):
     # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(AttentionPoolLatent.forward)
     def forward(self, x, *args, **kwargs):
-        if not isinstance(self, FusedAttentionPool) or self.why_not():  # unfused since this method was bound
+        if not isinstance(self, FusedAttentionPool):  # unfused since this method was bound
             return AttentionPoolLatent.forward(self, x, *args, **kwargs)
-        return self.fused(x, *args, **kwargs)
+        # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
+        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
+        if traced or self.why_not():
+            return super().forward(x, *args, **kwargs)
+        return self._vk_fused(x, *args, **kwargs)
 
-    def fused(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def _vk_fused(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """The fused forward, for callers that have asked ``why_not``."""
         batch, keys, width = x.shape
         if self.pos_embed is not None:
@@ -58,7 +63,7 @@ class FusedAttentionPool(AttentionPoolLatent):
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock module."""
-        reasons = _guard.patched(_SHIPPED)
+        reasons = _guard.function_modes() + _guard.patched(_SHIPPED)
         if not self.fused_attn:
             reasons.append("fused_attn is False")
         return reasons

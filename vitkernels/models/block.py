@@ -76,8 +76,8 @@ class FusedBlock(Block):
     """
 
     stock = Block  # unannotated: TorchScript reads timm's annotations through the instance
-    recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
-    inference, folded = False, None  # as well: _fold.py
+    _vk_recompute_mlp = False  # a switch of fuse(): an attribute of the instance, so that it is copied and pickled with it
+    _vk_inference, _vk_folded = False, None  # as well: _fold.py
 
     # wraps: inspect and TorchScript, which compiles source, see timm's forward. A replaced one may take other arguments.
     @functools.wraps(Block.forward)
@@ -86,13 +86,14 @@ class FusedBlock(Block):
             return Block.forward(self, x, *args, **kwargs)
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
-        if (_availability.leaves_to_pytorch(_guard.example(self, x)) and not self.recompute_mlp) or self.why_not():
+        left = _availability.leaves_to_pytorch(_guard.example(self, x))
+        if (left and not (self._vk_recompute_mlp and isinstance(x, Tensor))) or self.why_not():
             return super().forward(x, *args, **kwargs)
         # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
-        folded = _fold.current(self) if self.inference and isinstance(x, Tensor) else None
-        return self.fused(x, folded, None, None, *args, **kwargs)[0]
+        folded = _fold.current(self) if self._vk_inference and isinstance(x, Tensor) else None
+        return self._vk_fused(x, folded, None, None, *args, **kwargs)[0]
 
-    def fused(
+    def _vk_fused(
         self,
         x: Tensor,
         folded: _fold.FoldedBlock | None,
@@ -133,25 +134,25 @@ class FusedBlock(Block):
             projection = (weight, bias, gamma)
             return folded_mlp(heads, x, projection, parameters, fc2_gamma, norm2.eps, act, folded.fc1, follower)
         if undropped and gamma is None and fc2_gamma is None:
-            return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self.recompute_mlp), None
+            return projected_mlp(heads, x, weight, bias, parameters, norm2.eps, act, self._vk_recompute_mlp), None
         x = linear(heads, weight, bias, gamma, x, None, dropped)
-        return residual_mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self.recompute_mlp), None
+        return residual_mlp(x, parameters, norm2.eps, act, fc2_gamma, fc2_dropped, self._vk_recompute_mlp), None
 
     def train(self, mode=True):
-        if mode and self.inference:
+        if mode and self._vk_inference:
             _fold.drop(self)
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        if self.inference:
+        if self._vk_inference:
             _fold.fold(self)
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.inference:
-            self.folded = None  # the next call folds again
+        if self._vk_inference:
+            self._vk_folded = None  # the next call folds again
 
     def why_not(self) -> list[str]:
         """Reasons why a call would run timm's forward now; empty when the fused one runs. Also works on a stock ``Block``."""
@@ -199,7 +200,7 @@ class FusedBlocks(nn.Sequential):
                 continue
             following = None if follower is None else _folded_for_us(follower)
             told = None if following is None else (following.qkv, follower.norm1.eps)
-            x, statistics = block.fused(x, folded, statistics, told)
+            x, statistics = block._vk_fused(x, folded, statistics, told)
             folded = following
         return x
 
@@ -216,12 +217,12 @@ class InnerBlock(nn.Module):
         if folded is None or folded.qkv is None:
             return self.block(x)
         statistics = Statistics(*(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32) for _ in range(2)))
-        return self.block.fused(x, folded, statistics, (folded.qkv, self.block.norm1.eps))[0]
+        return self.block._vk_fused(x, folded, statistics, (folded.qkv, self.block.norm1.eps))[0]
 
 
 def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
     """What ``block`` multiplies with if LayerNorm is in it and all that calling the block does is its fused forward."""
-    if type(block) is not FusedBlock or not block.inference or block._compiled_call_impl is not None:
+    if type(block) is not FusedBlock or not block._vk_inference or block._compiled_call_impl is not None:
         return None
     state = block.__dict__
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
@@ -255,9 +256,19 @@ def _shapes(block: nn.Module) -> list[str]:
             reasons.append(f"weight and bias of {name} are not of shapes {shape} and {shape[:1]}")
         elif layer.__dict__.get("normalized_shape", shape) != shape:
             reasons.append(f"{name} normalises {layer.normalized_shape}, not {shape}")
-    for name in ("ls1", "ls2"):
-        if type(modules[name]) is LayerScale and _guard.attribute(modules[name], "gamma").shape != (width,):
-            reasons.append(f"{name}.gamma is not of shape ({width},)")
+    for name, layer in (("ls1", layers["proj"]), ("ls2", mlp["fc2"])):
+        scale = modules[name]
+        if type(scale) is not LayerScale:
+            continue
+        gamma = _guard.attribute(scale, "gamma")
+        if gamma.shape != (width,) or not gamma.is_floating_point():
+            reasons.append(f"{name}.gamma is a {gamma.dtype} tensor of {tuple(gamma.shape)}, not one of ({width},) floats")
+        elif scale.inplace and gamma.dtype != _guard.attribute(layer, "weight").dtype:
+            reasons.append(f"{name} multiplies in place, by a gamma of another dtype")
+    for name in ("q_norm", "k_norm"):
+        norm = layers[name]
+        if type(norm) is not nn.Identity and norm.normalized_shape != (attn.head_dim,):
+            reasons.append(f"attn.{name} normalises {norm.normalized_shape}, not {(attn.head_dim,)}")
     return reasons
 
 

@@ -137,7 +137,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         return reasons
 
     def _why_not_resampled(self) -> list[str]:
-        reasons = _guard.patched(_SHIPPED_POSITIONS)
+        reasons = _guard.function_modes() + _guard.patched(_SHIPPED_POSITIONS)
         replaced = [name for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds and name in self.__dict__]
         reasons += [f"{name} was replaced" for name in replaced]
         positions = _guard.attribute(self, "pos_embed")

@@ -31,7 +31,7 @@ _PARTS: _guard.Parts = (("proj", (nn.Conv2d,)),)
 _SHIPPED = _guard.shipped_forwards(PatchEmbed, *_PARTS) + _guard.shipped(
     (nn.Conv2d, "_conv_forward"), (F, "conv2d"), (timm_patch_embed, "nchw_to")
 )
-_STATISTICS = "pixel_statistics"
+_STATISTICS = "_vk_pixel_statistics"
 
 
 class FusedPatchEmbed(PatchEmbed):
@@ -45,19 +45,19 @@ class FusedPatchEmbed(PatchEmbed):
         if not isinstance(self, FusedPatchEmbed):  # unfused since this method was bound
             return PatchEmbed.forward(self, x, *args, **kwargs)
         if type(x) is _Images:
-            return _Embedded(x.model.embed(x.pixels))
+            return _Embedded(x.model._vk_embed(x.pixels))
         # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
         traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
         if traced or args or kwargs or self.why_not():
-            statistics = _guard.attribute(self, _STATISTICS)
+            statistics = self._statistics()
             pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
             return super().forward(pixels, *args, **kwargs)
-        tokens = self.embed(x, None, None, True)
+        tokens = self._vk_embed(x, None, None, True)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.grid_of(x))
         return self.norm(tokens)
 
-    def embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
+    def _vk_embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
         """images (B, C, H, W) -> (B, P + Gh*Gw, D), the arguments being those of ``vitkernels.ops.patch_embed``."""
         _, _, height, width = x.shape
         if self.strict_img_size:
@@ -67,16 +67,26 @@ class FusedPatchEmbed(PatchEmbed):
             if self.img_size[0] % patch_h or self.img_size[1] % patch_w:
                 # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
                 x = x[..., : self.img_size[0] // patch_h * patch_h, : self.img_size[1] // patch_w * patch_w]
-        statistics, proj = _guard.attribute(self, _STATISTICS), self.proj
-        return patch_embed(x, proj.weight, proj.bias, statistics, prefix_tokens, pos_embed, pos_embed_prefix)
+        proj = self.proj
+        return patch_embed(x, proj.weight, proj.bias, self._statistics(), prefix_tokens, pos_embed, pos_embed_prefix)
 
     def _apply(self, fn, recurse=True):
-        """``model.bfloat16()`` moves and rounds every floating-point buffer; mean and std are only moved."""
-        statistics = self._buffers.get(_STATISTICS)
+        """``model.bfloat16()`` rounds every buffer and ``to_empty`` leaves it unwritten; mean and std are only moved."""
+        before = self._buffers.get(_STATISTICS)
         super()._apply(fn, recurse)
-        if statistics is not None and self._buffers[_STATISTICS].dtype != statistics.dtype:
-            self._buffers[_STATISTICS] = statistics.to(self._buffers[_STATISTICS].device)
+        moved = self._buffers.get(_STATISTICS)
+        if moved is not None and moved is not before:
+            self._buffers[_STATISTICS] = torch.tensor(self._vk_mean_and_std, dtype=torch.float32, device=moved.device)
         return self
+
+    def _statistics(self) -> Tensor | None:
+        """(2, C), mean and std; None for a stem that takes float images only."""
+        statistics, weight = _guard.attribute(self, _STATISTICS), _guard.attribute(self._modules["proj"], "weight")
+        if statistics is None or not statistics.is_meta or weight is None or weight.is_meta:
+            return statistics
+        # load_state_dict(assign=True) has given a model on meta its parameters
+        self._buffers[_STATISTICS] = torch.tensor(self._vk_mean_and_std, dtype=torch.float32, device=weight.device)
+        return self._buffers[_STATISTICS]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """(Gh, Gw) of these images."""
@@ -113,12 +123,13 @@ def why_not_plain(proj: nn.Conv2d) -> list[str]:
     return ["proj is not a plain convolution whose stride is its kernel size"]
 
 
-# uint8 pixels. mean and std are a float32 buffer that no state dict has.
+# uint8 pixels. mean and std are a float32 buffer that no state dict has, and numbers, of which it is made anew.
 
 
 def set_pixel_statistics(stem: FusedPatchEmbed, mean: Sequence[float], std: Sequence[float]) -> None:
     """Let ``stem`` take uint8 images too, whose pixels in 0..1 have this mean and std per channel."""
-    statistics = torch.tensor([mean, std], dtype=torch.float32, device=stem.proj.weight.device)  # (2, C)
+    stem._vk_mean_and_std = (tuple(map(float, mean)), tuple(map(float, std)))
+    statistics = torch.tensor(stem._vk_mean_and_std, dtype=torch.float32, device=stem.proj.weight.device)  # (2, C)
     stem.register_buffer(_STATISTICS, statistics, persistent=False)
 
 
@@ -131,6 +142,7 @@ def clear_pixel_statistics(module: nn.Module) -> None:
     """The reverse. Harmless on a module that has none."""
     if takes_uint8(module):
         delattr(module, _STATISTICS)
+        module.__dict__.pop("_vk_mean_and_std", None)
         module._non_persistent_buffers_set.discard(_STATISTICS)
 
 
@@ -198,7 +210,7 @@ class FusedVisionTransformer(FusedPositions):
                 reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not {shape}")
         return reasons
 
-    def embed(self, x: Tensor) -> Tensor:
+    def _vk_embed(self, x: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, P + Gh*Gw, D): timm's ``patch_embed`` and ``_pos_embed``."""
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
         positions, stem = self.pos_embed, self.patch_embed
@@ -207,7 +219,7 @@ class FusedVisionTransformer(FusedPositions):
             (height, width), (old_height, old_width) = stem.grid_of(x), stem.grid_size
             positions = resample_pos_embed(positions, height, width, old_height, old_width, num_positioned)
         prefix_tokens = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0] if prefix else None
-        tokens = stem.embed(x, prefix_tokens, positions, not self.no_embed_class)
+        tokens = stem._vk_embed(x, prefix_tokens, positions, not self.no_embed_class)
         return tokens if positions is None else self.pos_drop(tokens)
 
 
