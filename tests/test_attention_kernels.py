@@ -3,6 +3,7 @@
 import interpreter
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     DTYPES,
     KERNEL_TESTS,
@@ -455,6 +456,33 @@ def test_any_number_of_images_and_heads_fits_the_grids_of_the_backward(monkeypat
             assert programs >= 9000 * 16
             assert all(n <= 65535 for n in others)
     assert all(stub.grids for stub in stubs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["k", "bias"])
+def test_a_logit_that_is_no_number_spoils_every_gradient_that_pytorchs_does(where, value, dtype):
+    """So that whoever looks for NaN in the gradients of v alone finds it."""
+    q, k, v = (torch.randn(1, n, 1, 16).to(dtype) for n in (4, 6, 6))
+    bias = torch.zeros(1, 1, 4, 6, dtype=dtype)
+    if where == "k":
+        k[0, 2, 0, 0] = value
+    else:
+        bias[..., 2] = value
+    inputs, dout = [q, k, v, bias], [torch.randn(1, 4, 1, 16).to(dtype)]
+
+    def kernel(q, k, v, bias):
+        with vk.backend("fused"):
+            return vk.ops.attention(q, k, v, bias=bias)
+
+    def stock(q, k, v, bias):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+    got, expected = outputs_and_gradients(kernel, inputs, dout), outputs_and_gradients(stock, inputs, dout)
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert not got[name][~expected[name].isfinite()].isfinite().any(), name
 
 
 def bfloat16_memory(elements, folder):

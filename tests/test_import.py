@@ -54,6 +54,7 @@ CASES = [
     ("public", PUBLIC, {}),
     ("submodule", SUBMODULE, {}),
     *((name, BACKEND, {"VITKERNELS_BACKEND": name}) for name in ("reference", "fused", "auto")),
+    ("empty", BACKEND, {"VITKERNELS_BACKEND": ""}),
     ("call", CALL, {"VITKERNELS_BACKEND": "fast"}),
     ("command", COMMAND, {"VITKERNELS_BACKEND": "fast"}),
 ]
@@ -92,6 +93,11 @@ def test_importing_a_submodule_first_does_not_hide_the_function_of_that_name(ran
 @pytest.mark.parametrize("name", ["reference", "fused", "auto"])
 def test_the_environment_sets_the_default_backend(ran, name):
     assert ran[name].stdout.strip() == name
+
+
+def test_an_empty_variable_is_none(ran):
+    """``docker run -e VITKERNELS_BACKEND=`` and the like."""
+    assert ran["empty"].stdout.strip() == "auto"
 
 
 def test_an_unknown_backend_in_the_environment_is_named(ran):

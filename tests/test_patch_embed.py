@@ -448,7 +448,11 @@ def test_uint8_pixels_of_a_photograph_are_normalised_as_timms_transforms_do():
 MEAN_AND_STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
-@pytest.mark.parametrize("kind", [tuple, list, np.array, np.float32], ids=lambda kind: kind.__name__)
+def list_of_tensors(values):
+    return [torch.tensor(value) for value in values]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array, np.float32, list_of_tensors], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("call", ["operator", "reference", "kernel"])
 def test_mean_and_std_may_be_numbers_per_channel(kind, call):
     images, weight = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.randn(5, 3, 4, 4)

@@ -306,6 +306,33 @@ def test_a_user_without_a_home_has_a_folder_for_compiled_kernels_while_the_proce
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("kind", ["read-only", "a link that leads nowhere", "a file"])
+def test_a_folder_for_compiled_kernels_that_cannot_be_written_is_read_from_a_temporary_one(kind, monkeypatch, tmp_path):
+    """As one that came with a container is, for another user."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    cache = tmp_path / ".triton" / "cache"
+    if kind == "a link that leads nowhere":
+        cache.parent.symlink_to(tmp_path / "nowhere")
+    else:
+        cache.parent.mkdir()
+    if kind == "a file":
+        cache.touch()
+    if kind == "read-only":
+        (cache / "key").mkdir(parents=True)
+        (cache / "key" / "kernel.json").write_text("{}")
+        allowed = os.access  # root may write everywhere
+        monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK and allowed(path, mode))
+    _env.give_triton_a_cache()
+    folder = Path(os.environ["TRITON_CACHE_DIR"])
+    assert [path.name for path in folder.glob("*/*")] == (["kernel.json"] if kind == "read-only" else [])
+    (folder / "another").mkdir()
+    _env._delete(str(folder), os.getpid())
+    assert not folder.exists()
+    assert kind != "read-only" or (cache / "key" / "kernel.json").exists()
+
+
 def test_without_a_temporary_folder_either_triton_is_left_alone(monkeypatch, caplog):
     no_home(monkeypatch)
     for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):

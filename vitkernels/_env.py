@@ -38,7 +38,7 @@ ADDMM_COPIES = _version(metadata.version("torch")) < (2, 15)
 
 def default_backend() -> str:
     """The policy named by ``VITKERNELS_BACKEND``, unchecked: if importing failed, the command could not say why."""
-    return os.environ.get("VITKERNELS_BACKEND", "auto")
+    return os.environ.get("VITKERNELS_BACKEND") or "auto"  # set and empty, as containers do, is not set
 
 
 def check_backend(name: str) -> None:
@@ -62,25 +62,28 @@ def tuned_dir() -> Path | None:
 def give_triton_a_cache() -> None:
     """Where Triton cannot make its folder of compiled kernels, in some containers, name it a temporary one of this process.
 
-    A launch would fail there: Triton takes ``~`` for a folder's name where the user has no home. A folder that the user named,
-    or that exists (one that was filled before may be read-only), is left to Triton.
+    A launch would fail there: Triton takes ``~`` for a folder's name where the user has no home. A folder that the user named
+    is left to Triton. What lies in a folder that can be read only, as one that came with a container, is found from the
+    temporary one.
     """
     if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
         return
     home = os.path.expanduser("~")
     cache = Path(home, ".triton", "cache")
-    found = next((folder for folder in (cache, *cache.parents) if os.path.exists(folder)), cache)
-    if home != "~" and (found == cache or (found.is_dir() and os.access(found, os.W_OK))):
+    found = next((folder for folder in (cache, *cache.parents) if os.path.lexists(folder)), cache)  # a link that leads nowhere
+    if home != "~" and found.is_dir() and os.access(found, os.W_OK):
         return
     try:
         temporary = tempfile.mkdtemp(prefix="vitkernels-triton-")
+        for entry in os.listdir(cache) if os.access(cache, os.R_OK | os.X_OK) and cache.is_dir() else ():
+            os.symlink(cache / entry, Path(temporary, entry))
     except OSError as error:  # nor a temporary folder: whoever launches will hear of it from Triton
         logging.getLogger("vitkernels").info("there is no folder for compiled kernels: %s", error)
         return
     os.environ["TRITON_CACHE_DIR"] = temporary
     atexit.register(_delete, temporary, os.getpid())
     logging.getLogger("vitkernels").info(
-        "%s cannot be made: compiled kernels are kept until this process ends; TRITON_CACHE_DIR names another folder", cache
+        "%s cannot be written: compiled kernels are kept until this process ends; TRITON_CACHE_DIR names another folder", cache
     )
 
 

@@ -182,8 +182,8 @@ def _finish(
     NATURAL: tl.constexpr, DH: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
     # A row of -inf alone has the sum 0: its logarithm is stored as +inf, so that backward finds p = 0 too.
-    inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
-    log_sum = tl.where(row_sum > 0.0, tl.log(row_sum), float("inf"))
+    inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # NaN stays NaN, as in PyTorch
+    log_sum = tl.where(row_sum == 0.0, float("inf"), tl.log(row_sum))
     rows = tl.arange(0, o0.shape[0])
     mask = first_row + rows < num_rows
     out_ptr = _row(out_ptr, first_row, row_stride)

@@ -276,7 +276,7 @@ def attention(
             _check.shape(op, name, t, tuple(q.shape))
     _check_masks(op, q, k, bias, cu_seqlens)
     scale, max_seqlen = _check_numbers(op, scale, max_seqlen)
-    if not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
+    if _no_image(cu_seqlens) or not _use_kernel(op, k, lambda: why_not(q, k, v, bias, cu_seqlens), MIN_BYTES, cu_seqlens):
         return reference.attention(q, k, v, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     q, k, v = (_autocast(t) for t in (q, k, v))
     return _Attention.apply(q, k, v, _additive(bias, q), cu_seqlens, *_numbers(q, max_seqlen, scale))
@@ -314,10 +314,15 @@ def attention_qkv(
         q, k, v = qkv.unbind(-3)
         return why_not(q, k, v, bias, cu_seqlens)
 
-    if not _use_kernel(op, qkv, reasons, 3 * MIN_BYTES, cu_seqlens):
+    if _no_image(cu_seqlens) or not _use_kernel(op, qkv, reasons, 3 * MIN_BYTES, cu_seqlens):
         return reference.attention_qkv(qkv, scale=scale, bias=bias, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     qkv = _autocast(qkv)
     return _AttentionQKV.apply(qkv, _additive(bias, qkv), cu_seqlens, *_numbers(qkv, max_seqlen, scale))
+
+
+def _no_image(cu_seqlens: Tensor | None) -> bool:
+    """A packed batch of no image: zeros, for which there is nothing to launch."""
+    return cu_seqlens is not None and cu_seqlens.shape[0] == 1
 
 
 def _use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int, cu_seqlens: Tensor | None) -> bool:
@@ -354,8 +359,8 @@ def _check_masks(op: str, q: Tensor, k: Tensor, bias: Tensor | None, cu_seqlens:
     if cu_seqlens is not None:
         _check.tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,))
         _check.shape(op, "cu_seqlens", cu_seqlens, ("B + 1",))
-        if cu_seqlens.shape[0] == 0 or (cu_seqlens.shape[0] == 1 and q.shape[0] > 0):
-            raise ValueError(f"{op}: cu_seqlens must have B + 1 elements, got {cu_seqlens.shape[0]} for {q.shape[0]} tokens")
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError(f"{op}: cu_seqlens must have B + 1 elements, got 0")
         if bias is not None:
             raise ValueError(f"{op}: bias cannot be given together with cu_seqlens")
     elif bias is not None:

@@ -85,6 +85,7 @@ def _numbers(name: str, value: Any, channels: int, dtype: torch.dtype) -> list[f
     values = value.tolist() if hasattr(type(value), "tolist") else value  # an array of NumPy
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{accepted}, got {type(value).__name__}")
+    values = [v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for v in values]
     if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{accepted}, got {value!r}")
     if len(values) != channels:
