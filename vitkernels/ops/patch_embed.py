@@ -180,7 +180,8 @@ class _PatchEmbed(torch.autograd.Function):
             dimages if need_dimages else None,
             dweight if need_dweight else None,
             dtokens[ctx.num_prefix :].sum(0).to(bias_dtype) if need_dbias else None,
-            dtokens[None, : ctx.num_prefix].to(prefix_dtype) if need_dprefix else None,
+            # A copy: the positions of the prefix tokens have the same gradient.
+            dtokens[None, : ctx.num_prefix].to(prefix_dtype, copy=True) if need_dprefix else None,
             dtokens[None, ctx.first_position :].to(pos_dtype) if need_dpos else None,
             *(None,) * 7,
         )

@@ -1,0 +1,171 @@
+"""What holds of every operator's results and gradients: memory of their own, changes in place, second derivatives."""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import KERNEL_TESTS
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vitkernels as vk
+from vitkernels import ops
+from vitkernels.ops.mlp import projected_mlp
+
+pytestmark = KERNEL_TESTS
+NORM, LAYERS = ((16,), (16,)), ((24, 16), (24,), (16, 24), (16,))
+TOKENS, HEADS = (3, 10, 16), (2, 5, 2, 8)
+
+
+def packed(qkv: Tensor) -> Tensor:
+    return ops.attention_qkv(qkv, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+
+
+def in_half(*tensors: Tensor) -> Tensor:
+    """proj and MLP of a block in bfloat16, where proj's bias may be left to fc2."""
+    x, heads, weight, bias, *parameters = (t.bfloat16() for t in tensors)
+    return projected_mlp(heads, x, weight, bias, tuple(parameters), 1e-6, "gelu")
+
+
+# By name: the operator as a function of float32 leaves, and their shapes.
+CASES: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[tuple[int, ...], ...]]] = {
+    "layer_norm": (ops.layer_norm, (TOKENS, *NORM)),
+    "add_layer_norm": (ops.add_layer_norm, (TOKENS, TOKENS, *NORM)),
+    "add_layer_norm, LayerScale": (
+        lambda x, residual, weight, bias, gamma: ops.add_layer_norm(x, residual, weight, bias, layer_scale=gamma),
+        (TOKENS, TOKENS, *NORM, (16,)),
+    ),
+    "linear": (ops.linear, (TOKENS, (24, 16), (24,))),
+    "linear of one row": (ops.linear, ((16,), (24, 16), (24,))),
+    "linear of a matrix": (ops.linear, ((5, 16), (24, 16), (24,))),
+    "linear, act": (lambda x, weight, bias: ops.linear(x, weight, bias, act="gelu"), (TOKENS, (24, 16), (24,))),
+    "linear, residual": (
+        lambda x, weight, residual: ops.linear(x, weight, residual=residual),
+        (TOKENS, (16, 16), TOKENS),
+    ),
+    "linear, everything": (
+        lambda x, weight, bias, norm_weight, norm_bias, gamma, residual: ops.linear(
+            x, weight, bias, norm=(norm_weight, norm_bias, 1e-6), act="silu", layer_scale=gamma, residual=residual
+        ),
+        (TOKENS, (24, 16), (24,), *NORM, (24,), (3, 10, 24)),
+    ),
+    "linear, LayerScale": (
+        lambda x, weight, bias, gamma, residual: ops.linear(x, weight, bias, layer_scale=gamma, residual=residual),
+        (TOKENS, (16, 16), (16,), (16,), TOKENS),
+    ),
+    "mlp": (ops.mlp, (TOKENS, *NORM, *LAYERS)),
+    "mlp, recompute": (lambda *tensors: ops.mlp(*tensors, recompute=True), (TOKENS, *NORM, *LAYERS)),
+    "mlp, LayerScale": (lambda *tensors: ops.mlp(*tensors[:-1], layer_scale=tensors[-1]), (TOKENS, *NORM, *LAYERS, (16,))),
+    "mlp without act": (lambda *tensors: ops.mlp(*tensors, act=None), (TOKENS, *NORM, *LAYERS)),
+    "projected_mlp in bfloat16": (in_half, (TOKENS, TOKENS, (16, 16), (16,), *NORM, *LAYERS)),
+    "attention": (ops.attention, (HEADS, HEADS, HEADS)),
+    "attention, bias": (lambda q, k, v, bias: ops.attention(q, k, v, bias=bias), (HEADS, HEADS, HEADS, (1, 2, 5, 5))),
+    "attention_qkv": (ops.attention_qkv, ((2, 5, 3, 2, 8),)),
+    "attention_qkv, bias": (lambda qkv, bias: ops.attention_qkv(qkv, bias=bias), ((2, 5, 3, 2, 8), (1, 2, 5, 5))),
+    "attention_qkv, packed": (packed, ((8, 3, 2, 8),)),
+    "patch_embed": (ops.patch_embed, ((2, 3, 8, 8), (16, 3, 4, 4), (16,))),
+    "patch_embed, prefix": (
+        lambda images, weight, prefix: ops.patch_embed(images, weight, prefix_tokens=prefix),
+        ((2, 3, 8, 8), (16, 3, 4, 4), (1, 2, 16)),
+    ),
+    "patch_embed, positions": (
+        lambda images, weight, bias, prefix, positions: ops.patch_embed(
+            images, weight, bias, prefix_tokens=prefix, pos_embed=positions
+        ),
+        ((2, 3, 8, 8), (16, 3, 4, 4), (16,), (1, 2, 16), (1, 6, 16)),
+    ),
+    "patch_embed, positions of patches": (
+        lambda images, weight, bias, prefix, positions: ops.patch_embed(
+            images, weight, bias, prefix_tokens=prefix, pos_embed=positions, pos_embed_prefix=False
+        ),
+        ((2, 3, 8, 8), (16, 3, 4, 4), (16,), (1, 2, 16), (1, 4, 16)),
+    ),
+    "resample_pos_embed": (lambda table: ops.resample_pos_embed(table, (3, 5)), ((1, 17, 16),)),
+    "resample_pos_embed_many": (lambda table: ops.resample_pos_embed_many(table, [(3, 5), (2, 2)]), ((1, 16, 16),)),
+}
+PLANS = ("triton", "cublas")
+STATISTICS = ("mean", "rstd")  # of rows: saved for backward alone
+every_case = pytest.mark.parametrize("name", CASES)
+every_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@contextlib.contextmanager
+def kernels(plan: str = "triton") -> Iterator[None]:
+    with vk.backend("fused"), vk._select.planning(plan), pytest.MonkeyPatch.context() as m:
+        m.setattr("vitkernels._env.ADDMM_COPIES", False)  # as in PyTorch 2.15: biases of an MLP go through its sum
+        yield
+
+
+@contextlib.contextmanager
+def pytorch() -> Iterator[None]:
+    """PyTorch's operators, of those of attention the one that can be differentiated twice."""
+    with vk.backend("reference"), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def call(name: str, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    outputs = CASES[name][0](*leaves)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def draw(name: str) -> list[Tensor]:
+    return [(0.5 + torch.randn(shape)).requires_grad_() for shape in CASES[name][1]]
+
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Do two contiguous tensors share a byte?"""
+    first, second = ((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (a, b))
+    return max(first[0], second[0]) < min(first[1], second[1])
+
+
+# Gradients have memory of their own.
+
+
+@every_plan
+@every_case
+def test_no_two_gradients_overlap_and_none_overlaps_the_incoming_ones(name, plan):
+    leaves = draw(name)
+    with kernels(plan):
+        outputs = call(name, leaves)
+        incoming = [torch.randn(t.shape).to(t.dtype) for t in outputs]
+        torch.autograd.backward(outputs, incoming)
+    gradients = [t.grad for t in leaves]
+    assert all(t.is_contiguous() for t in gradients)
+    for a, b in itertools.combinations((*gradients, *incoming), 2):
+        assert not overlap(a, b)
+
+
+def stem(tokens: int) -> tuple[Callable[[], Tensor], nn.ParameterDict]:
+    images = torch.randn(2, 3, 8, 8)
+    shapes = {"weight": (16, 3, 4, 4), "bias": (16,), "prefix_tokens": (1, 2, 16), "pos_embed": (1, tokens, 16)}
+    parameters = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
+    return lambda: ops.patch_embed(images, **parameters, pos_embed_prefix=tokens == 6).square().sum(), parameters
+
+
+def gradients(parameters: nn.ParameterDict) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("tokens", [6, 4])
+def test_gradients_of_a_stem_accumulate_are_clipped_and_cleared_one_by_one(tokens):
+    loss, parameters = stem(tokens)
+    with pytorch():
+        loss().backward()
+    want = gradients(parameters)
+    parameters.zero_grad()
+    with kernels():
+        loss().backward()
+        loss().backward()
+    close(gradients(parameters), {name: 2 * t for name, t in want.items()})
+    norm = math.sqrt(sum(t.double().square().sum().item() for t in want.values()))
+    assert nn.utils.clip_grad_norm_(parameters.values(), norm).item() == pytest.approx(2 * norm, rel=1e-4)
+    close(gradients(parameters), want)
+    parameters["prefix_tokens"].grad.zero_()
+    close(parameters["pos_embed"].grad, want["pos_embed"])
