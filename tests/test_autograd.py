@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import pytest
+import test_registration
 import torch
 from helpers import KERNEL_TESTS
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitkernels as vk
 from vitkernels import ops
+from vitkernels.ops import _register
 from vitkernels.ops.mlp import projected_mlp
 
 pytestmark = KERNEL_TESTS
@@ -169,3 +171,48 @@ def test_gradients_of_a_stem_accumulate_are_clipped_and_cleared_one_by_one(token
     close(gradients(parameters), want)
     parameters["prefix_tokens"].grad.zero_()
     close(parameters["pos_embed"].grad, want["pos_embed"])
+
+
+# Results can be changed in place.
+
+
+@pytest.mark.parametrize("name", [name for name in _register.NAMES if name.endswith("_fwd")])
+def test_no_result_that_a_caller_gets_is_a_view(name):
+    for args in test_registration.arguments(name):
+        operator = getattr(torch.ops.vitkernels, name)
+        results = operator(*args)
+        results = (results,) if isinstance(results, Tensor) else results
+        for declared, result in zip(operator.default._schema.returns, results, strict=True):
+            assert declared.name in STATISTICS or not result._is_view()
+
+
+@every_plan
+@every_case
+def test_results_can_be_changed_in_place(name, plan):
+    """Where backward starts from what was there, it raises instead of computing with what is there now."""
+    leaves = draw(name)
+
+    def slopes(add: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((add(t, 1) ** 2).sum() for t in call(name, leaves)), leaves)
+
+    with kernels(plan):
+        want = slopes(Tensor.add)
+        # The stream, as in PyTorch; attention's output, as in PyTorch's flash attention.
+        if name.startswith(("add_layer_norm", "attention")):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                slopes(Tensor.add_)
+        else:
+            assert all(map(torch.equal, slopes(Tensor.add_), want))
+
+
+@every_plan
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("resample")])  # their last step is a view
+def test_a_result_without_gradients_can_be_added_to_with_gradients(name, plan):
+    with kernels(plan):
+        with torch.no_grad():
+            outputs = call(name, draw(name))
+        term = torch.ones((), requires_grad=True)
+        for output in outputs:
+            output.add_(term)
+            output.sum().backward()
+    assert term.grad == sum(t.numel() for t in outputs)
