@@ -12,6 +12,7 @@ import torch
 from helpers import KERNEL_TESTS
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 from vitkernels import ops
@@ -216,3 +217,82 @@ def test_a_result_without_gradients_can_be_added_to_with_gradients(name, plan):
             output.add_(term)
             output.sum().backward()
     assert term.grad == sum(t.numel() for t in outputs)
+
+
+# Second derivatives.
+
+
+@every_case
+def test_second_derivatives_raise_on_every_path(name):
+    """Of each gradient with respect to each leaf, wherever PyTorch's operators have one that is not zero."""
+    leaves = draw(name)
+    for loss in (lambda outputs: sum(t.sin().sum() for t in outputs), lambda outputs: sum((t * 3).sum() for t in outputs)):
+        with pytorch():
+            want = torch.autograd.grad(loss(call(name, leaves)), leaves, create_graph=True)
+        with kernels():
+            found = torch.autograd.grad(loss(call(name, leaves)), leaves, create_graph=True)
+        for (true, gradient), leaf in itertools.product(zip(want, found, strict=True), leaves):
+            weights, second = torch.randn(true.shape), None
+            if true.requires_grad:
+                (second,) = torch.autograd.grad((true * weights).sum(), leaf, retain_graph=True, allow_unused=True)
+            if second is None or second.abs().max() < 1e-3:
+                continue
+            if name.startswith("resample"):  # linear: derivatives of any order
+                (again,) = torch.autograd.grad((gradient * weights).sum(), leaf, retain_graph=True)
+                torch.testing.assert_close(again, second)
+                continue
+            with pytest.raises(RuntimeError, match=r'differentiate twice.*with vitkernels\.backend\("reference"\)'):
+                torch.autograd.grad((gradient * weights).sum(), leaf, retain_graph=True, allow_unused=True)
+
+
+@every_case
+def test_create_graph_alone_gives_the_same_gradients(name):
+    leaves = draw(name)
+    with kernels():
+        outputs = call(name, leaves)
+        incoming = [torch.randn(t.shape).to(t.dtype) for t in outputs]
+        plain, recorded = (
+            torch.autograd.grad(outputs, leaves, incoming, retain_graph=True, create_graph=create) for create in (False, True)
+        )
+    assert not any(t.requires_grad for t in (*plain, *incoming))
+    assert all(map(torch.equal, plain, recorded))
+
+
+@pytest.mark.parametrize("reentrant", [None, False], ids=["", "checkpointed"])
+def test_a_hessian_vector_product_of_weights_raises_instead_of_lacking_a_part(reentrant):
+    leaves = draw("mlp")
+    run = ops.mlp if reentrant is None else lambda *tensors: checkpoint(ops.mlp, *tensors, use_reentrant=False)
+
+    def product() -> tuple[Tensor, ...]:
+        slopes = torch.autograd.grad(run(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(slopes, leaves, [torch.ones_like(t) for t in leaves])
+
+    with kernels(), pytest.raises(RuntimeError, match="differentiate twice"):
+        product()
+    with pytorch():
+        assert all(t.isfinite().all() for t in product())
+
+
+def test_a_vectorised_jacobian_is_right_and_raises_where_it_would_be_differentiated():
+    x, weight, bias = draw("layer_norm")
+    jacobian = functools.partial(torch.autograd.functional.jacobian, lambda x: ops.layer_norm(x, weight, bias), x[0])
+    with kernels():
+        close(jacobian(vectorize=True), jacobian())
+        assert jacobian(create_graph=True).requires_grad
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            jacobian(vectorize=True, create_graph=True)
+
+
+def test_first_derivatives_pass_through_where_a_second_one_goes_another_way():
+    """A head's gradient depends on features, and they on what is below: by first derivatives of the kernels alone."""
+    x, weight, bias = draw("layer_norm")
+
+    def slope_of_slope() -> Tensor:
+        head = torch.linspace(-1, 1, 16).requires_grad_()
+        (slope,) = torch.autograd.grad((ops.layer_norm(x, weight, bias) @ head).sin().sum(), head, create_graph=True)
+        return torch.autograd.grad(slope.sum(), x)[0]
+
+    with kernels():
+        found = slope_of_slope()
+    with pytorch():
+        close(found, slope_of_slope())

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from ..reference.patch_embed import normalise, pixel_statistics
 from . import _check
+from ._autograd import first_order
 from ._register import register
 from .layer_norm import KERNEL_DTYPES
 
@@ -168,9 +168,9 @@ class _PatchEmbed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout):
-        images, weight, mean, std = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dout):
+        images, weight, mean, std = saved
         need_dimages, need_dweight, need_dbias, need_dprefix, need_dpos = ctx.needs_input_grad[:5]
         bias_dtype, prefix_dtype, pos_dtype = ctx.dtypes
         dimages, dweight, dtokens = torch.ops.vitkernels.patch_embed_bwd(
@@ -215,7 +215,7 @@ def patch_embed(
 
     Returns:
         (B, P + Gh*Gw, D), contiguous, of the dtype that PyTorch's promotion gives: the weight's, or autocast's, with those of
-        prefix tokens and positions. Twice differentiable only through the reference.
+        prefix tokens and positions. Twice differentiable only through the reference; kernels raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; numbers that are not finite, a ``std`` of 0 among
