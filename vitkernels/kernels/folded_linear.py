@@ -137,12 +137,12 @@ def launch_linear_statistics_fwd(
         options = (residual.dtype, "none", False, plan, arch)
         y, _ = linear.launch_linear_fwd(x, weight, bias, None, layer_scale, None, residual, *options)
         return y, *_statistics(y.view(-1, N), eps)
-    y = torch.empty(rows.shape[0], N, dtype=residual.dtype, device=x.device)
+    y = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     moments = torch.empty(N // gemm.block_n, 2, rows.shape[0], dtype=torch.float32, device=x.device)
     bias, layer_scale = (None if t is None else t.contiguous() for t in (bias, layer_scale))
     epilogue = (None, layer_scale, None, 1, linear.matrix(residual))
     linear.gemm(gemm, rows, weight, bias, epilogue, y, None, False, moments=moments)
-    return y.view(residual.shape), *_combined(moments, y, gemm.block_n, eps)
+    return y, *_combined(moments, y.view(-1, N), gemm.block_n, eps)
 
 
 def launch_folded_linear_fwd(
@@ -170,12 +170,12 @@ def launch_folded_linear_fwd(
     if gemm is None:
         h, _, _ = layer_norm.launch_layer_norm_fwd(x, norm_weight, norm_bias, eps, x.dtype)
         return linear.launch_linear_fwd(h, weight, bias, act, None, None, None, x.dtype, "none", False, plan, arch)[0]
-    y = torch.empty(rows.shape[0], folded_weight.shape[0], dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], folded_weight.shape[0], dtype=x.dtype, device=x.device)
     if rows.shape[0] > 0:
         mean, rstd = _statistics(rows, eps) if mean is None else (mean, rstd)
         epilogue = (act, None, None, 1, None)
         linear.gemm(gemm, rows, folded_weight, folded_bias, epilogue, y, None, False, (mean, rstd, colsum))
-    return y.view(*x.shape[:-1], folded_weight.shape[0])
+    return y
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:

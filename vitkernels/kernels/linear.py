@@ -387,6 +387,14 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def shaped(product: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``product``, which nobody else holds, in this shape.
+
+    Not as a view: what an ``autograd.Function`` returns can be changed in place unless it is one.
+    """
+    return torch.ops.aten._unsafe_view(product, shape)
+
+
 def samples(drop_path: Tensor | None, M: int) -> tuple[Tensor | None, int]:
     """drop_path as one contiguous vector, and how many rows one of its elements scales."""
     if drop_path is None:
@@ -415,7 +423,7 @@ def launch_linear_fwd(
     """Returns y and z, each empty where ``preact`` (``none``, ``also``, ``only``) does not ask for it."""
     rows = matrix(x)
     config = _config(act, layer_scale, residual, rows, weight, plan, arch)
-    shape, (M, N) = (*x.shape[:-1], weight.shape[0]), (rows.shape[0], weight.shape[0])
+    shape, M = (*x.shape[:-1], weight.shape[0]), rows.shape[0]
     nothing = torch.empty(0, dtype=x.dtype, device=x.device)
     bias, layer_scale = (None if t is None else t.contiguous() for t in (bias, layer_scale))
     epilogue = (act, layer_scale, *samples(drop_path, M), None if residual is None else matrix(residual))
@@ -423,12 +431,13 @@ def launch_linear_fwd(
         if config is None:
             in_cublas = gelu_in_cublas(act, rows, weight, bias, plan, arch)
             y, z = _cublas(rows, weight, bias, epilogue, out_dtype, preact, in_cublas)
+            y, z = None if y is None else shaped(y, shape), None if z is None else shaped(z, shape)
         else:
-            z = torch.empty(M, N, dtype=x.dtype, device=x.device) if preact != "none" else None
-            y = torch.empty(M, N, dtype=out_dtype, device=x.device) if preact != "only" else None
+            z = torch.empty(shape, dtype=x.dtype, device=x.device) if preact != "none" else None
+            y = torch.empty(shape, dtype=out_dtype, device=x.device) if preact != "only" else None
             if M > 0:
                 gemm(config, rows, weight, bias, epilogue, y, z, allow_tf32)
-    return nothing if y is None else y.view(shape), nothing.clone() if z is None else z.view(shape)
+    return nothing if y is None else y, nothing.clone() if z is None else z
 
 
 def _config(act, layer_scale, residual, x: Tensor, weight: Tensor, plan: str, arch: str) -> GemmConfig | None:

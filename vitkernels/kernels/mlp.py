@@ -86,7 +86,7 @@ def _add_product(x: Tensor, u: Tensor, weight: Tensor, biases: list[Tensor]) -> 
         columns = [bias.to(weight.dtype)[:, None] for bias in biases]
         zeroed = columns[-1].expand(-1, linear.EXTRA - len(columns))
         weight = torch.cat((weight, *columns, zeroed), 1)
-        return torch.addmm(x.view(-1, x.shape[-1]), u, weight.t()).view(x.shape)
+        return linear.shaped(torch.addmm(x.view(-1, x.shape[-1]), u, weight.t()), x.shape)
 
 
 def aot_launches(shape: "Shape") -> Iterator[tuple[str, Callable[[], None]]]:

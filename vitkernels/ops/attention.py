@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from ..reference.attention import dense
 from . import _check
+from ._autograd import first_order
 from ._register import register
 from .linear import allows_tf32
 
@@ -175,10 +175,10 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout):
+    @first_order
+    def backward(ctx: Any, saved, dout):
         need_dbias = ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = torch.ops.vitkernels.attention_bwd(dout, *ctx.saved_tensors, *ctx.numbers, need_dbias)
+        dq, dk, dv, dbias = torch.ops.vitkernels.attention_bwd(dout, *saved, *ctx.numbers, need_dbias)
         return dq, dk, dv, dbias if need_dbias else None, None, None, None, None
 
 
@@ -191,10 +191,10 @@ class _AttentionQKV(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout):
+    @first_order
+    def backward(ctx: Any, saved, dout):
         need_dbias = ctx.needs_input_grad[1]
-        dqkv, dbias = torch.ops.vitkernels.attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers, need_dbias)
+        dqkv, dbias = torch.ops.vitkernels.attention_qkv_bwd(dout, *saved, *ctx.numbers, need_dbias)
         return dqkv, dbias if need_dbias else None, None, None, None, None
 
 
@@ -253,7 +253,8 @@ def attention(
 
     Returns:
         ``q``'s shape, contiguous; ``q``'s dtype, or autocast's. Softmax and sums are float32, products of float32 tensors
-        true float32 unless ``torch.backends.cuda.matmul`` allows TF32. Twice differentiable only through the reference.
+        true float32 unless ``torch.backends.cuda.matmul`` allows TF32. Twice differentiable only through the reference;
+        kernels raise.
 
         Gradients of 16-bit inputs are as exact as those of PyTorch's flash attention, which like ours starts from the rounded
         output; with a trained bias, and in float32, as exact as those of its unfused attention.

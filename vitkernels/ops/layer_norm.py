@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from . import _check
+from ._autograd import first_order
 from ._register import register
 
 MAX_D = 8192
@@ -197,9 +197,9 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dy):
+        x, weight, bias, mean, rstd = saved
         _, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
         dx, dweight, dbias = torch.ops.vitkernels.layer_norm_bwd(dy, x, weight, bias, mean, rstd, need_dweight, need_dbias)
         return dx, dweight if need_dweight else None, dbias if need_dbias else None, None, None
@@ -217,9 +217,9 @@ class _AddLayerNorm(torch.autograd.Function):
         return y, stream
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy, dstream):
-        stream, x, weight, bias, layer_scale, mean, rstd = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dy, dstream):
+        stream, x, weight, bias, layer_scale, mean, rstd = saved
         _, _, need_dweight, need_dbias, need_dlayer_scale = ctx.needs_input_grad[:5]
         dresidual, dx, dweight, dbias, dlayer_scale = torch.ops.vitkernels.add_layer_norm_bwd(
             dy, dstream, stream, x, weight, bias, layer_scale, mean, rstd, *ctx.dtypes, need_dweight, need_dbias
@@ -250,7 +250,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Returns:
         (..., D), contiguous from the kernel. ``x``'s dtype, or float32 under CUDA autocast, as ``F.layer_norm``. Statistics
-        are float32. Twice differentiable only through the reference.
+        are float32. Twice differentiable only through the reference; kernels raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.

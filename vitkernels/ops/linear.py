@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from ..reference.linear import ACTIVATIONS, activate
 from . import _check
+from ._autograd import first_order
 from ._register import register
 from .layer_norm import KERNEL_DTYPES, MAX_D, check_norm
 
@@ -266,9 +266,9 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy):
-        x, weight, bias, norm_weight, norm_bias, layer_scale, drop_path, mean, rstd, z = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dy):
+        x, weight, bias, norm_weight, norm_bias, layer_scale, drop_path, mean, rstd, z = saved
         eps, act, residual_dtype = ctx.settings
         need_dx, need_dw, need_db, need_dnw, need_dnb, need_dls, _, need_dr = ctx.needs_input_grad[:8]
         need_dh = need_dx or need_dnw or need_dnb
@@ -331,7 +331,7 @@ def linear(
         drop_path: (B, 1, ..., 1) as timm draws it, of ``x``'s rank and leading size, or None. No gradient.
 
     Returns:
-        (..., N), of the dtype that PyTorch's promotion gives. Twice differentiable only through the reference.
+        (..., N), of the dtype that PyTorch's promotion gives. Twice differentiable only through the reference; kernels raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.

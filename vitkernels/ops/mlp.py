@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _env, _select, reference
 from ..reference.linear import ACTIVATIONS
 from ..reference.mlp import Parameters
 from . import _check
+from ._autograd import first_order
 from ._register import register
 from .folded_linear import Folded, Statistics, folded_linear, folds, linear_statistics
 from .layer_norm import check_norm, shifted
@@ -93,9 +93,9 @@ class _Mlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy):
-        x, mean, rstd, z, *parameters = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dy):
+        x, mean, rstd, z, *parameters = saved
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, drop_path, owed = parameters
         eps, act, gemm = ctx.settings
         ops, dtype = torch.ops.vitkernels, fc1_weight.dtype
@@ -175,7 +175,7 @@ def mlp(
             in the training of a block, 6 instead of 10 units saved.
 
     Returns:
-        (..., D). Twice differentiable only through the reference.
+        (..., D). Twice differentiable only through the reference; kernels raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _select, reference
 from ..reference.patch_embed import normalise, pixel_statistics
 from . import _check
+from ._autograd import first_order
 from ._register import register
 from .layer_norm import KERNEL_DTYPES
 
@@ -168,9 +168,9 @@ class _PatchEmbed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout):
-        images, weight, mean, std = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved, dout):
+        images, weight, mean, std = saved
         need_dimages, need_dweight, need_dbias, need_dprefix, need_dpos = ctx.needs_input_grad[:5]
         bias_dtype, prefix_dtype, pos_dtype = ctx.dtypes
         dimages, dweight, dtokens = torch.ops.vitkernels.patch_embed_bwd(
@@ -180,7 +180,8 @@ class _PatchEmbed(torch.autograd.Function):
             dimages if need_dimages else None,
             dweight if need_dweight else None,
             dtokens[ctx.num_prefix :].sum(0).to(bias_dtype) if need_dbias else None,
-            dtokens[None, : ctx.num_prefix].to(prefix_dtype) if need_dprefix else None,
+            # A copy: the positions of the prefix tokens have the same gradient.
+            dtokens[None, : ctx.num_prefix].to(prefix_dtype, copy=True) if need_dprefix else None,
             dtokens[None, ctx.first_position :].to(pos_dtype) if need_dpos else None,
             *(None,) * 7,
         )
@@ -214,7 +215,7 @@ def patch_embed(
 
     Returns:
         (B, P + Gh*Gw, D), contiguous, of the dtype that PyTorch's promotion gives: the weight's, or autocast's, with those of
-        prefix tokens and positions. Twice differentiable only through the reference.
+        prefix tokens and positions. Twice differentiable only through the reference; kernels raise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; numbers that are not finite, a ``std`` of 0 among
