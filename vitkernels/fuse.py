@@ -105,8 +105,8 @@ def fuse(
     ``explain`` says why. So it does while somebody has replaced the forward of one of timm's or PyTorch's classes in it, or a
     function that these call (``torch.nn.functional.scaled_dot_product_attention``, ``linear``, ``layer_norm``, ``gelu``,
     ``silu``, ``conv2d``). Fusing twice is harmless. Fuse before FSDP, DDP or ``torch.compile`` wrap the model,
-    and neither fuse nor unfuse while other threads call it. Kernels have first derivatives only: a second one (of gradients made
-    with ``create_graph=True``) raises, and inside ``with vitkernels.backend("reference")`` PyTorch's operators give it.
+    and neither fuse nor unfuse while other threads call it. Kernels have first derivatives only: a second one (of gradients
+    made with ``create_graph=True``) raises, and inside ``with vitkernels.backend("reference")`` PyTorch's operators give it.
 
     On a CPU, what ``torch.export``, ``torch.jit`` and ``make_fx`` make of the model holds PyTorch's operators alone, and loads
     where vitkernels is not installed. In a graph of ``torch.fx`` that is traced where kernels run, a block is a few operators:
