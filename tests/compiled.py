@@ -5,8 +5,8 @@
     vitkernels inspect --workload B/16 --record tests/compiled.json
 
 with each Triton in turn, then for attention and attention_backward with --arch 90 and all --head-dims. What spills elsewhere
-was added with its own --arch, --workload and --head-dims; of what no workload launches, the rows that spill were merged from the
-slow test's in test_attention_aot.py.
+was added with its own --arch, --workload and --head-dims; of what no workload launches, the rows that spill were merged
+from those of the slow test in test_attention_aot.py.
 """
 
 from collections.abc import Iterable
