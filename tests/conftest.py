@@ -33,8 +33,6 @@ def pytest_cmdline_main(config):
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if everything and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(4, os.cpu_count() or 1)
-        if getattr(config.option, "dist", "no") == "no":
-            config.option.dist = "loadgroup"  # files whose tests share what takes long to make stay on one core
 
 
 @pytest.fixture(autouse=True)

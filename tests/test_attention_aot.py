@@ -8,8 +8,6 @@ from test_attention_backward import HEAD_DIMS
 from test_inspect import compiling, inspect
 
 pytest.importorskip("triton")
-
-pytestmark = pytest.mark.xdist_group("attention_aot")  # one worker makes what these tests share
 STEMS = ("attention", "attention_backward")
 
 

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 import vitkernels
 from vitkernels import _env
 
-pytestmark = pytest.mark.xdist_group("benchmarks")  # one worker makes what these tests share
-
 ROOT = Path(__file__).parents[1]
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="asserts what a CPU says of itself")
 CASE = "layer_norm-S_16-infer"  # selects add_layer_norm as well

@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 from vitkernels import _env
 from vitkernels.cli import _checkpoint, _floor, _measure, _models, _output, _photos, _providers, main
 
-pytestmark = pytest.mark.xdist_group("cli")  # one worker makes what these tests share
-
 PIL_Image = pytest.importorskip("PIL.Image")
 sample_images = pytest.importorskip("sklearn.datasets")
 pytest.importorskip("matplotlib")

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("import")  # one worker makes what these tests share
-
 NURSERY = """
 import json, os, sys, traceback
 import torch

@@ -20,8 +20,6 @@ from vitkernels.cli import main
 from vitkernels.cli._workloads import WORKLOADS
 from vitkernels.cli.inspect import violations
 
-pytestmark = pytest.mark.xdist_group("inspect")  # one worker makes what these tests share
-
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton")
 

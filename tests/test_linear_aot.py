@@ -8,8 +8,6 @@ from test_inspect import compiling, inspect
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.xdist_group("linear_aot")  # one worker makes what these tests share
-
 SCRIPT = """
 import json, sys
 from vitkernels.cli._workloads import WORKLOADS

@@ -11,8 +11,6 @@ import torch
 
 from vitkernels import reference
 
-pytestmark = pytest.mark.xdist_group("pos_embed_source")  # one worker makes what these tests share
-
 ROOT = Path(__file__).resolve().parent.parent
 CSRC, EMULATOR = ROOT / "csrc", ROOT / "tests" / "emulator"
 # -O0: compilers take a quarter of the time, which is most of these tests'.
