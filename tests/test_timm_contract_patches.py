@@ -203,6 +203,52 @@ def test_a_replaced_function_of_torch_takes_effect(name, monkeypatch):
     assert_same(fused(x), expected)
 
 
+def test_a_replaced_function_of_drop_path_takes_effect(monkeypatch):
+    stock, fused = stock_and_fused(drop_path_rate=0.5)
+    x = images()
+    before = stock.train()(x)
+    monkeypatch.setattr("timm.layers.drop.drop_path", lambda x, *args: x * (x.shape[1] - torch.arange(x.shape[1]))[:, None])
+    expected = stock(x)
+    assert not torch.equal(expected, before)
+    assert_same(fused.train()(x), expected)
+
+
+def test_another_class_by_the_name_of_timms_does_not_reach_models_that_are_there(monkeypatch):
+    """As packages do that install a class of their own for ``timm.create_model`` to build."""
+    stock, fused = stock_and_fused()
+
+    class Other(VisionTransformer):
+        def forward_features(self, x):
+            return 0 * super().forward_features(x)
+
+    monkeypatch.setattr("timm.models.vision_transformer.VisionTransformer", Other)
+    x = images()
+    assert_runs_fused(fused, stock, x)
+    assert_same(fused.forward_intermediates(x)[0], stock.forward_intermediates(x)[0])
+
+
+_REPLACEMENTS = {
+    "forward": lambda self, x: 1.5 * self.proj(x).flatten(2).transpose(1, 2),
+    "_pos_embed": lambda self, x: torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + 2 * self.pos_embed,
+}
+
+
+@pytest.mark.parametrize("path", ["", "patch_embed"])
+def test_a_method_replaced_on_the_type_of_a_module_takes_effect(path, monkeypatch):
+    stock, fused = stock_and_fused()
+    x, name = images(), "forward" if path else "_pos_embed"
+    before = stock(x)
+    expected = None
+    for model in (stock, fused):
+        cls = type(model.get_submodule(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, name, _REPLACEMENTS[name])
+            got = model(x)
+        expected = got if model is stock else expected
+    assert not torch.equal(expected, before)
+    assert_same(got, expected)
+
+
 NAMESPACES = {
     "timm.layers.attention": "scaled_dot_product_attention",
     "timm.layers.norm": "layer_norm",

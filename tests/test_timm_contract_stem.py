@@ -405,6 +405,26 @@ def test_a_number_in_the_place_of_positions_takes_effect():
     assert_same(fused(x), stock(x))
 
 
+def test_a_check_of_sizes_that_was_switched_off_is_off(monkeypatch):
+    stock, fused = stock_and_fused(pos_embed="none")
+    monkeypatch.setattr("timm.layers.patch_embed._assert", lambda condition, message: None)
+    x = images(2, (48, 80))
+    assert_same(fused(x), stock(x))
+
+
+def test_positions_of_a_naflexvit_replaced_on_its_type_take_effect(monkeypatch):
+    stock, fused = stock_and_fused("naflexvit_base_patch16_gap", img_size=None)
+    x = images()
+    before = stock(x)
+    found = []
+    for model in (stock, fused):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.embeds), "_apply_learned_pos_embed", lambda self, x, grid_size: x.add_(2.0))
+            found.append(model(x))
+    assert not torch.equal(found[0], before)
+    assert_same(found[1], found[0])
+
+
 class _Doubling(Tensor):
     """A subclass that acts where timm's forward uses it."""
 

@@ -20,6 +20,7 @@ from timm.layers import (
     RmsNorm,
     activations,
 )
+from timm.layers import drop as timm_drop
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -66,6 +67,7 @@ _MLP_PARTS: _guard.Parts = (
 _SHIPPED = _guard.shipped_forwards(Block, *_BLOCK_PARTS, *_ATTENTION_PARTS, *_MLP_PARTS) + _guard.shipped(
     *((F, name) for name in ("linear", "layer_norm", "scaled_dot_product_attention", "gelu", "silu", "dropout")),
     (activations, "quick_gelu"),
+    (timm_drop, "drop_path"),
 )
 
 

@@ -139,6 +139,9 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
     def _why_not_resampled(self) -> list[str]:
         reasons = _guard.function_modes() + _guard.patched(_SHIPPED_POSITIONS)
         replaced = [name for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds and name in self.__dict__]
+        replaced += [
+            n for n, ours in _METHODS.items() if isinstance(self, FusedNaFlexEmbeds) and getattr(type(self), n) is not ours
+        ]
         reasons += [f"{name} was replaced" for name in replaced]
         positions = _guard.attribute(self, "pos_embed")
         if self.pos_embed_type != "learned":
@@ -183,3 +186,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         if positions is not None and positions.shape[-1] != weight.shape[0]:
             reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {weight.shape[0]}")
         return reasons
+
+
+# As they are here: somebody may replace them on ``type(embeds)``, which is the fused class, or in a subclass of it.
+_METHODS = {name: getattr(FusedNaFlexEmbeds, name) for name in ("_apply_learned_naflex_pos_embed", "_apply_learned_pos_embed")}

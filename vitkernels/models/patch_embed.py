@@ -15,8 +15,10 @@ import torch.fx
 from timm.layers import PatchEmbed, resample_abs_pos_embed  # noqa: F401  a name in timm's source, for TorchScript
 from timm.layers import patch_embed as timm_patch_embed
 from timm.layers.patch_embed import F, Format, _assert, nchw_to  # noqa: F401  names in timm's source, for TorchScript
-from timm.models import vision_transformer as timm_vit
-from timm.models.vision_transformer import checkpoint_seq  # noqa: F401  as above
+from timm.models.vision_transformer import (
+    VisionTransformer,
+    checkpoint_seq,  # noqa: F401  as above
+)
 from torch import Tensor, nn
 
 from ..ops import _availability
@@ -61,8 +63,12 @@ class FusedPatchEmbed(PatchEmbed):
         """images (B, C, H, W) -> (B, P + Gh*Gw, D), the arguments being those of ``vitkernels.ops.patch_embed``."""
         _, _, height, width = x.shape
         if self.strict_img_size:
-            _assert(height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]}).")
-            _assert(width == self.img_size[1], f"Input width ({width}) doesn't match model ({self.img_size[1]}).")
+            timm_patch_embed._assert(
+                height == self.img_size[0], f"Input height ({height}) doesn't match model ({self.img_size[0]})."
+            )
+            timm_patch_embed._assert(
+                width == self.img_size[1], f"Input width ({width}) doesn't match model ({self.img_size[1]})."
+            )
             patch_h, patch_w = self._patch()
             if self.img_size[0] % patch_h or self.img_size[1] % patch_w:
                 # timm's convolution leaves the rest out: vit_so400m_patch14_siglip_384 uses 378 of 384 pixels.
@@ -161,18 +167,18 @@ class FusedVisionTransformer(FusedPositions):
 
     # Not super(): timm's method of the moment, which may have been replaced, and take other arguments, on the model itself.
 
-    @functools.wraps(timm_vit.VisionTransformer.forward_features)
+    @functools.wraps(VisionTransformer.forward_features)
     def forward_features(self, x, *args, **kwargs):
-        return timm_vit.VisionTransformer.forward_features(self, _to_merge(self, x), *args, **kwargs)
+        return VisionTransformer.forward_features(self, _to_merge(self, x), *args, **kwargs)
 
-    @functools.wraps(timm_vit.VisionTransformer.forward_intermediates)
+    @functools.wraps(VisionTransformer.forward_intermediates)
     def forward_intermediates(self, x, *args, **kwargs):
-        return timm_vit.VisionTransformer.forward_intermediates(self, _to_merge(self, x), *args, **kwargs)
+        return VisionTransformer.forward_intermediates(self, _to_merge(self, x), *args, **kwargs)
 
-    @functools.wraps(timm_vit.VisionTransformer._pos_embed)
+    @functools.wraps(VisionTransformer._pos_embed)
     def _pos_embed(self, x, *args, **kwargs):
         if not isinstance(self, FusedVisionTransformer):  # unfused since this method was bound
-            return timm_vit.VisionTransformer._pos_embed(self, x, *args, **kwargs)
+            return VisionTransformer._pos_embed(self, x, *args, **kwargs)
         return x.tokens if type(x) is _Embedded else super()._pos_embed(x, *args, **kwargs)
 
     def why_not_merged(self) -> list[str]:
@@ -182,10 +188,10 @@ class FusedVisionTransformer(FusedPositions):
             return [f"patch_embed is a {type(stem).__name__}"]
         reasons = stem.why_not()
         reasons += _guard.children(self, "", (("patch_embed", (type(stem),)),))
-        if type(stem).forward is not FusedPatchEmbed.forward or stem._compiled_call_impl is not None:
+        if type(stem).forward is not _STEM_FORWARD or stem._compiled_call_impl is not None:
             reasons.append("patch_embed overrides forward")
         reasons += _guard.children(stem, "patch_embed.", (("norm", (nn.Identity,)),))
-        if type(self)._pos_embed is not FusedVisionTransformer._pos_embed or "_pos_embed" in self.__dict__:
+        if type(self)._pos_embed is not _POS_EMBED or "_pos_embed" in self.__dict__:
             reasons.append("_pos_embed was replaced")
         reasons += _guard.patched(_SHIPPED_STEPS)
         return reasons or self._why_not_of_shape(stem)
@@ -223,6 +229,9 @@ class FusedVisionTransformer(FusedPositions):
         return tokens if positions is None else self.pos_drop(tokens)
 
 
+# As they are here: somebody may replace them on ``type(model)``, which is the fused class.
+_STEM_FORWARD, _POS_EMBED = FusedPatchEmbed.forward, FusedVisionTransformer._pos_embed
+
 # What timm's methods carry from `forward_features(x)` through `x = self.patch_embed(x)` to `x = self._pos_embed(x)`. The type
 # tells the stem and the model that they are called from there, in whatever thread and however nested.
 
@@ -252,7 +261,7 @@ def _to_merge(model, x):
 
 
 _SHIPPED_STEPS = _guard.shipped(
-    *((timm_vit.VisionTransformer, name) for name in ("forward_features", "forward_intermediates", "_pos_embed")),
+    *((VisionTransformer, name) for name in ("forward_features", "forward_intermediates", "_pos_embed")),
     (nn.Identity, "forward"),  # of patch_embed.norm
 )
 
