@@ -405,6 +405,14 @@ def test_a_number_in_the_place_of_positions_takes_effect():
     assert_same(fused(x), stock(x))
 
 
+def test_an_image_size_that_is_one_number_takes_effect_as_in_timm():
+    stock, fused = stock_and_fused()
+    for model in (stock, fused):
+        model.patch_embed.strict_img_size, model.patch_embed.img_size = False, 64
+    x = images()
+    assert_same(fused(x), stock(x))
+
+
 def test_a_check_of_sizes_that_was_switched_off_is_off(monkeypatch):
     stock, fused = stock_and_fused(pos_embed="none")
     monkeypatch.setattr("timm.layers.patch_embed._assert", lambda condition, message: None)

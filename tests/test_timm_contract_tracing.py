@@ -192,6 +192,17 @@ def exported(model: nn.Module, x: Tensor, **kwargs) -> nn.Module:
     return program.module()
 
 
+@pytest.mark.parametrize("arguments", [{}, {"dynamic_img_size": True}])
+def test_an_exported_model_is_cut_where_timms_is(arguments):
+    """As ``torch.distributed.pipelining`` and quantisation do: positions do not belong to the patch embedding."""
+    stock, fused = stock_and_fused(**arguments)
+    x = images()
+    stems = [
+        torch.export.unflatten(torch.export.export(model, (x,))).get_submodule("patch_embed")(x) for model in (stock, fused)
+    ]
+    assert_same(stems[1].flatten(1, -2), stems[0].flatten(1, -2))
+
+
 def test_export_of_fixed_shapes():
     stock, fused = stock_and_fused(init_values=0.1)
     x = images()

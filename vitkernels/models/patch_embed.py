@@ -114,6 +114,8 @@ class FusedPatchEmbed(PatchEmbed):
             reasons.append(f"output format {self.output_fmt} is not tokens-major")
         if self.img_size is None:
             reasons.append("there is no image size to check the input against")
+        elif not isinstance(self.img_size, tuple):
+            reasons.append(f"img_size is {self.img_size!r}, not (height, width)")
         if self.dynamic_img_pad:
             reasons.append("dynamic_img_pad pads the image first")
         return reasons
@@ -254,10 +256,10 @@ class _Embedded(NamedTuple):
 
 
 def _to_merge(model, x):
-    # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for. A model may have been
-    # unfused since its method was bound.
-    apart = isinstance(x, torch.fx.Proxy) or not isinstance(model, FusedVisionTransformer) or model.why_not_merged()
-    return x if apart else _Images(x, model)
+    # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for, and what export records
+    # is cut at the calls of modules (torch.distributed.pipelining). A model may have been unfused since its method was bound.
+    cut = isinstance(x, torch.fx.Proxy) or _availability.exporting()
+    return x if cut or not isinstance(model, FusedVisionTransformer) or model.why_not_merged() else _Images(x, model)
 
 
 _SHIPPED_STEPS = _guard.shipped(
