@@ -3,7 +3,7 @@
 ``VITKERNELS_BACKEND``  ``auto`` (default), ``fused`` or ``reference``: the policy outside any ``vitkernels.backend(...)``.
 ``TRITON_INTERPRET``    Triton's own switch: ``1`` before Triton is imported runs the kernels in its CPU interpreter.
 ``VITKERNELS_CACHE``    folder of what ``vitkernels tune`` measured; else ``vitkernels`` in the user's cache folder.
-``TRITON_CACHE_DIR``    Triton's own: its folder of compiled kernels. Set here for a user without a home folder.
+``TRITON_CACHE_DIR``    Triton's own: its folder of compiled kernels. Set here where Triton's default cannot be written.
 ``VITKERNELS_BUILD_CUDA`` is read by ``setup.py`` alone.
 """
 

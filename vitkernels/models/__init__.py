@@ -1,6 +1,7 @@
 """Who calls the operators: subclasses of timm's modules that own no parameters and override ``forward``.
 
-What they add to a module starts with ``_vk_``, so that it neither hides nor deletes a user's own: ``model.embed``, say.
+What they keep on a module, and methods that a user may have one of by the same name, start with ``_vk_``: neither hides nor
+deletes the user's own ``model.embed``, say.
 """
 
 from ._fold import copies_of

@@ -189,4 +189,4 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
 
 # As they are here: somebody may replace them on ``type(embeds)``, which is the fused class, or in a subclass of it.
-_METHODS = {name: getattr(FusedNaFlexEmbeds, name) for name in ("_apply_learned_naflex_pos_embed", "_apply_learned_pos_embed")}
+_METHODS = {name: getattr(FusedNaFlexEmbeds, name) for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds}

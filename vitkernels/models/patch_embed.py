@@ -82,7 +82,7 @@ class FusedPatchEmbed(PatchEmbed):
         super()._apply(fn, recurse)
         moved = self._buffers.get(_STATISTICS)
         if moved is not None and moved is not before:
-            self._buffers[_STATISTICS] = torch.tensor(self._vk_mean_and_std, dtype=torch.float32, device=moved.device)
+            self._buffers[_STATISTICS] = _mean_and_std(self, moved.device)
         return self
 
     def _statistics(self) -> Tensor | None:
@@ -91,7 +91,7 @@ class FusedPatchEmbed(PatchEmbed):
         if statistics is None or not statistics.is_meta or weight is None or weight.is_meta:
             return statistics
         # load_state_dict(assign=True) has given a model on meta its parameters
-        self._buffers[_STATISTICS] = torch.tensor(self._vk_mean_and_std, dtype=torch.float32, device=weight.device)
+        self._buffers[_STATISTICS] = _mean_and_std(self, weight.device)
         return self._buffers[_STATISTICS]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
@@ -137,8 +137,12 @@ def why_not_plain(proj: nn.Conv2d) -> list[str]:
 def set_pixel_statistics(stem: FusedPatchEmbed, mean: Sequence[float], std: Sequence[float]) -> None:
     """Let ``stem`` take uint8 images too, whose pixels in 0..1 have this mean and std per channel."""
     stem._vk_mean_and_std = (tuple(map(float, mean)), tuple(map(float, std)))
-    statistics = torch.tensor(stem._vk_mean_and_std, dtype=torch.float32, device=stem.proj.weight.device)  # (2, C)
-    stem.register_buffer(_STATISTICS, statistics, persistent=False)
+    stem.register_buffer(_STATISTICS, _mean_and_std(stem, stem.proj.weight.device), persistent=False)
+
+
+def _mean_and_std(stem: FusedPatchEmbed, device: torch.device) -> Tensor:
+    """The buffer, (2, C), of the numbers that ``stem`` keeps."""
+    return torch.tensor(stem._vk_mean_and_std, dtype=torch.float32, device=device)
 
 
 def takes_uint8(module: nn.Module) -> bool:
