@@ -276,7 +276,7 @@ def backward_config(
         uneven = Dh > 64 and Dh % 8 != 0
         if alone and Dh <= 80:
             return BackwardConfig(True, 64, 16 if uneven and arch == 90 else 32, 32, 4, 1)
-        if Dh <= 64 and not biased:  # on sm_100 in 3.8, packed, 64 keys a step spill 28 bytes at Dh = 64, 132 at 48; 32 nothing
+        if Dh <= 64 and not biased:  # on sm_100 in 3.8, packed, 64 keys a step spill 28 bytes at Dh = 64, 132 at 48; 32 none
             return BackwardConfig(False, 64, 32, 32 if packed and arch == 100 and Dh > 32 else 64, 4, 2)
         # With a bias, at 72 to 80 channels on sm_100, 32 keys a step spill 124 to 148 bytes in 3.8 and none in 3.6, 16 nothing
         # in both, and with 16 queries a third program fits an SM in 3.8.
