@@ -96,7 +96,7 @@ class Cublas:
         before = [(place, name, getattr(place, name)) for place, name, _ in places]
         for place, name, stand_in in places:
             setattr(place, name, stand_in)
-        block._SHIPPED = tuple((owner, name, getattr(owner, name)) for owner, name, _ in shipped)
+        block._SHIPPED = tuple((owner, name, getattr(owner, name), None) for owner, name, *_ in shipped)
         try:
             yield
         finally:

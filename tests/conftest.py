@@ -50,6 +50,14 @@ def _poison_seed_and_backend(request, monkeypatch):
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """No graph of another test, and none is left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def no_interpreter(monkeypatch):
     """The process of a user without a GPU: operators on a CPU run their reference."""
     monkeypatch.setattr("vitkernels._env.INTERPRETING", False)

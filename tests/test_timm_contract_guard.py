@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from helpers import timm_since
 from test_timm_contract import (
+    SMALL,
     assert_modified_alike,
     assert_runs_fused,
     assert_same,
@@ -291,6 +292,45 @@ def test_torch_function_subclass_weight_runs_timms_forward():
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(_Counting))
     assert type(layer.weight) is _Counting
     assert counted(fused, images())[1] == 1
+
+
+@pytest.mark.parametrize("kind", ["images", "tokens", "mask", "inference", "naflexvit", "pooling"])
+def test_a_tensor_subclass_given_to_a_model_acts_as_in_timm(kind):
+    arguments = {"class_token": False, "global_pool": "map"} if kind == "pooling" else {}
+    if kind == "naflexvit":
+        stock, fused = stock_and_fused("naflexvit_base_patch16_gap", img_size=None)
+    else:
+        stock, fused = stock_and_fused(**arguments)
+    vitkernels.fuse(fused, inference=kind == "inference")
+
+    pixels = images()
+
+    def call(model: nn.Module, cls: type[Tensor]) -> Tensor:
+        if kind in ("images", "naflexvit"):
+            return model(pixels.as_subclass(cls))
+        tokens = torch.linspace(-1, 1, 2 * 17 * SMALL["embed_dim"]).view(2, 17, -1)
+        if kind == "mask":
+            return model.blocks[0](tokens, attn_mask=torch.eye(17).as_subclass(cls))
+        module = {"inference": model.blocks, "tokens": model.blocks[0], "pooling": model.attn_pool}[kind]
+        return module(tokens.as_subclass(cls))
+
+    with torch.no_grad():
+        expected = call(stock, _Acting)
+        assert not torch.equal(expected.as_subclass(Tensor), call(stock, Tensor))
+        with vitkernels.backend("fused"):
+            got = call(fused, _Acting)
+        assert type(got) is type(expected)
+        assert_same(got.as_subclass(Tensor), expected.as_subclass(Tensor))
+
+
+class _Acting(Tensor):
+    """A subclass that changes what functions of PyTorch do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        changed = (F.gelu, F.conv2d, F.linear, F.scaled_dot_product_attention, torch.Tensor.add, torch.Tensor.__add__)
+        return 1.5 * result if func in changed else result
 
 
 def test_fused_attn_false_runs_timms_attention():

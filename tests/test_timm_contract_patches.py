@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -22,7 +23,7 @@ from test_timm_contract import (
     stock_and_fused,
 )
 from test_timm_contract_guard import CHILDREN, FULL, NEVER_CALLED
-from timm.layers import GELU, Attention, AttentionPoolLatent, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed
+from timm.layers import GELU, Attention, AttentionPoolLatent, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed, activations
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -110,6 +111,42 @@ def test_class_wide_patch_taken_back_leaves_the_model_fused(monkeypatch):
         patch.setattr(Attention, "forward", _attention_that_keeps_its_map)
         assert counted(fused, images())[1] == 0
     assert_runs_fused(fused, stock, images())
+
+
+def _edited_block(self, x, attn_mask=None, is_causal=False):
+    x = x + self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+    return x + 3 * self.mlp(self.norm2(x))
+
+
+def _edited_stem(self, x):
+    return self.norm(self.proj(2 * x).flatten(2).transpose(1, 2))
+
+
+def _edited_activation(x, inplace=False):
+    return x.relu()
+
+
+EDITED = {
+    "Block.forward": (Block.forward, _edited_block),
+    "PatchEmbed.forward": (PatchEmbed.forward, _edited_stem),
+    "quick_gelu": (activations.quick_gelu, _edited_activation),
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", EDITED)
+def test_a_function_edited_in_place_takes_effect_and_can_be_edited_back(name, compiled, monkeypatch):
+    """As IPython's autoreload does with a file that was changed."""
+    stock, fused = stock_and_fused(act_layer=activations.QuickGELU)
+    x, (function, edited) = images(), EDITED[name]
+    before = stock(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, "__code__", edited.__code__)
+        expected = stock(x)
+        assert not torch.equal(expected, before)
+        assert_same((torch.compile(fused, backend="eager") if compiled else fused)(x), expected)
+    assert_runs_fused(fused, stock, x)
 
 
 # Methods that were replaced for all models by ones with other arguments.
@@ -380,14 +417,27 @@ for case, (owner, name, patch, stock) in CASES.items():
     close = lambda a, b: bool(torch.allclose(a, b, atol=1e-5, rtol=1e-5))
     found[case] = [close(expected, before), close(patched, expected), close(restored, before), ran]
 
-vit.Block = type("Block", (), {"forward": None, "__module__": "mine"})
-for module in [module for module in sys.modules if module.startswith("vitkernels.models")]:
-    del sys.modules[module]
-vars(vitkernels).pop("models", None)
+importlib.reload(vit)
 try:
-    vitkernels.fuse(copy.deepcopy(model))
-except RuntimeError as error:
-    found["class"] = str(error)
+    vitkernels.fuse(vit.VisionTransformer(**SMALL))
+except ValueError as error:
+    found["loaded again"] = str(error)
+OTHERS = {
+    "a class": (vit, "Block", type("Block", (), {"forward": None, "__module__": "mine"})),
+    "a function": (torch.nn, "GELU", lambda: torch.nn.modules.activation.GELU("tanh")),
+    "a partial": (layers, "Mlp", functools.partial(layers.Mlp, bias=False)),
+}
+for case, (owner, name, other) in OTHERS.items():
+    for module in [module for module in sys.modules if module.startswith("vitkernels.models")]:
+        del sys.modules[module]
+    vars(vitkernels).pop("models", None)
+    original = getattr(owner, name)
+    setattr(owner, name, other)
+    try:
+        vitkernels.fuse(copy.deepcopy(model))
+    except RuntimeError as error:
+        found[case] = str(error)
+    setattr(owner, name, original)
 json.dump(found, sys.stdout)
 """
 
@@ -397,8 +447,9 @@ def test_what_was_patched_before_the_first_use_takes_effect_and_can_be_taken_bac
     result = subprocess.run([sys.executable, "-c", BEFORE], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    message = found.pop("class")
-    assert "a class of timm was replaced by mine.Block before vitkernels was first used" in message
+    assert "timm.models.vision_transformer was loaded again after vitkernels was first used" in found.pop("loaded again")
+    for case, what in (("a class", "mine.Block"), ("a function", "<function <lambda>"), ("a partial", "functools.partial(")):
+        assert re.search(f"was replaced by {re.escape(what)}.* before vitkernels was first used", found.pop(case))
     assert len(found) == 17
     wrong = {case: flags for case, flags in found.items() if flags != [False, True, True, True]}
     assert not wrong, "[no effect in timm, as timm when patched, as timm when restored, fused then]"

@@ -12,7 +12,7 @@ from test_timm_contract import (
     stock_and_fused,
 )
 from test_timm_contract_guard import HOOKS, forward_hook
-from timm.layers import PatchEmbed
+from timm.layers import Format, PatchEmbed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -411,6 +411,46 @@ def test_an_image_size_that_is_one_number_takes_effect_as_in_timm():
         model.patch_embed.strict_img_size, model.patch_embed.img_size = False, 64
     x = images()
     assert_same(fused(x), stock(x))
+
+
+def _always_flat(model):
+    model.patch_embed.flatten = True
+
+
+def _dynamic(model):
+    model.dynamic_img_size, model.patch_embed.strict_img_size = True, False
+
+
+def _static(model):
+    model.dynamic_img_size = False
+
+
+def _a_row(model):
+    model.patch_embed.output_fmt = Format.NLC
+
+
+def _a_grid(model):
+    model.patch_embed.flatten, model.patch_embed.output_fmt = False, Format.NHWC
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 80)])
+@pytest.mark.parametrize(
+    ("arguments", "change"),
+    [
+        ({}, _dynamic),
+        ({}, _a_grid),
+        ({"dynamic_img_size": True}, _always_flat),
+        ({"dynamic_img_size": True}, _static),
+        ({"dynamic_img_size": True}, _a_row),
+    ],
+    ids=lambda value: getattr(value, "__name__", "dynamic" if value else "static"),
+)
+def test_tokens_of_another_layout_than_positions_expect_are_refused_as_in_timm(arguments, change, size):
+    stock, fused = stock_and_fused(**arguments)
+    for model in (stock, fused):
+        change(model)
+        with pytest.raises((ValueError, RuntimeError, AssertionError)):
+            model(images(2, size))
 
 
 def test_a_check_of_sizes_that_was_switched_off_is_off(monkeypatch):

@@ -15,7 +15,7 @@ from test_timm_contract import (
     perturbed,
     stock_and_fused,
 )
-from timm.layers import create_feature_extractor, get_graph_node_names
+from timm.layers import Mlp, create_feature_extractor, get_graph_node_names
 from timm.models import FeatureGraphNet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -232,13 +232,6 @@ def test_export_with_dynamic_height_and_width():
 # torch.compile.
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled_matches(stock: nn.Module, x: Tensor, compiled: nn.Module) -> None:
     got = outputs_and_gradients(compiled, x)
     got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
@@ -296,6 +289,73 @@ def test_compile_sees_a_replaced_layer():
     for model in (stock, fused):
         model.blocks[0].mlp = nn.Identity()
     assert_same(compiled(x), stock(x))
+
+
+REPLACED_ON_AN_INSTANCE = [
+    *((f"blocks.1.{name}", "forward") for name in ("attn", "mlp", "norm1", "attn.qkv", "attn.q_norm", "ls1", "mlp.act")),
+    ("blocks.1", "forward"),
+    ("patch_embed", "forward"),
+    ("patch_embed.proj", "forward"),
+    ("patch_embed.proj", "_conv_forward"),
+    ("", "_pos_embed"),
+]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(("path", "name"), REPLACED_ON_AN_INSTANCE)
+def test_compile_sees_a_method_replaced_on_an_instance(path, name, inference):
+    stock, fused = stock_and_fused(init_values=0.1, qk_norm=True)
+    vitkernels.fuse(fused, inference=inference)
+    x = images()
+    with torch.no_grad():
+        before = stock(x)
+        compiled = torch.compile(fused, backend="eager")
+        assert_same(compiled(x), before)
+        for model in (stock, fused):
+            module = model.get_submodule(path)
+            method = getattr(module, name)
+            setattr(module, name, lambda *args, method=method, **kwargs: 1.5 * method(*args, **kwargs))
+        expected = stock(x)
+        assert not torch.equal(expected, before)
+        assert_same(compiled(x), expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_sees_a_norm_that_becomes_a_fast_one():
+    _, fused = stock_and_fused()
+    x, compiled = images(), torch.compile(fused, backend="eager")
+    assert counted(compiled, x)[1] == 2
+    fused.blocks[1].norm1._fast_norm = True
+    assert counted(compiled, x)[1] == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("path", ["blocks.1.mlp", "blocks.1.attn.qkv", "patch_embed.proj", "patch_embed", "blocks.1"])
+def test_a_child_compiled_by_itself_runs_what_its_compiler_made(path):
+    stock, fused = stock_and_fused()
+    x = images()
+    before = stock(x)
+    for model in (stock, fused):
+        model.get_submodule(path).compile(backend=lambda graph, _: lambda *args: tuple(1.5 * out for out in graph(*args)))
+    with torch.no_grad():
+        expected = stock(x)
+        if type(stock.get_submodule(path)).__module__.startswith("timm."):  # torch 2.11 compiles no lone layer of its own
+            assert not torch.equal(expected, before)
+        assert_same(fused(x), expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_forward_compiled_for_a_class_runs_what_its_compiler_made(monkeypatch):
+    stock, fused = stock_and_fused()
+    x = images()
+    before = stock(x)
+    doubling = torch.compile(Mlp.forward, backend=lambda graph, _: lambda *args: tuple(2 * out for out in graph(*args)))
+    monkeypatch.setattr(Mlp, "forward", doubling)
+    with torch.no_grad():
+        expected = stock(x)
+        assert not torch.equal(expected, before)
+        assert_same(fused(x), expected)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

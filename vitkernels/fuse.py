@@ -164,7 +164,8 @@ def fuse(
         )
     if not blocks:
         found = ", ".join(sorted({m.kind for m in report.modules})) or "none"
-        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (modules found: {found})")
+        again = "".join(f"; {reason}" for reason in dict.fromkeys(filter(None, map(_loaded_again, model.modules()))))
+        raise ValueError(f"model contains no timm.models.vision_transformer.Block to fuse (modules found: {found}){again}")
     not_fused = [m for m in report.modules if not m.fused and m.reasons != (_NOT_YET,)]
     if strict and not_fused:
         raise RuntimeError("cannot fuse " + "; ".join(f"{m.name}: {', '.join(m.reasons)}" for m in not_fused))
@@ -301,8 +302,19 @@ def _reasons(name: str, module: nn.Module) -> list[str] | None:
         if type(module) is stock:
             return fused.why_not(module) or [_NOT_YET]
     if isinstance(module, tuple(FUSED_CLASSES)) or _looks_like_a_block(module) or _is_stem(name, module):
-        return [f"vitkernels has no fused form of {type(module).__module__}.{type(module).__name__}"]
+        return [_loaded_again(module) or f"vitkernels has no fused form of {type(module).__module__}.{type(module).__name__}"]
     return None
+
+
+def _loaded_again(module: nn.Module) -> str | None:
+    """A reason if the class of ``module`` only has the name of one of timm's that vitkernels knows."""
+    from .models import FUSED_CLASSES
+
+    cls = type(module)
+    known = {(stock.__module__, stock.__qualname__) for stock in FUSED_CLASSES}
+    if cls in FUSED_CLASSES or (cls.__module__, cls.__qualname__) not in known:
+        return None
+    return f"{cls.__module__} was loaded again after vitkernels was first used: start Python anew"
 
 
 def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ costs 12 us a block and can never be stale.
 
 import sys
 from collections.abc import Iterable
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
-Shipped = tuple[tuple[Any, str, Any], ...]  # (class or module, name of a function, that function; None: replaced already)
+# (class or module, name of a function, that function, its code). No function: it is replaced already; no code: it is C++.
+Shipped = tuple[tuple[Any, str, Any, CodeType | None], ...]
 
 
 def global_hooks() -> list[str]:
@@ -34,7 +35,7 @@ def global_hooks() -> list[str]:
         return ["a global module hook is registered"]
     if found := function_modes():
         return found
-    if nn.Module.__call__ is not nn.Module._wrapped_call_impl and not _is_transparent(nn.Module.__call__):
+    if _unwrapped(nn.Module.__call__) is not nn.Module._wrapped_call_impl:
         return ["nn.Module.__call__ was replaced"]
     return patched(_SHIPPED_CALLS)
 
@@ -51,18 +52,22 @@ def function_modes() -> list[str]:
 def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
     """Reasons why a child of ``owner`` has to be called: another class, hooks, its own ``forward``, a tensor subclass."""
     reasons = []
-    modules = owner._modules
+    modules, compiling = owner._modules, torch.compiler.is_compiling()
     for name, accepted in parts:
         child = modules.get(name)
         if child is None or type(child) not in accepted:
             wanted = " or ".join(dict.fromkeys(cls.__name__ for cls in accepted))
             reasons.append(f"{prefix}{name} is {_describe(child)}, not {wanted}")
             continue
+        if compiling:
+            read(child, *_CALLED)
         state = child.__dict__
         if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
             reasons.append(f"{prefix}{name} has hooks")
         elif "forward" in state or "_call_impl" in state:
             reasons.append(f"{prefix}{name} overrides forward")
+        elif state.get("_compiled_call_impl") is not None:
+            reasons.append(f"{prefix}{name} was compiled")
         elif type(child).__call__ is not nn.Module.__call__:
             reasons.append(f"{type(child).__name__}.__call__ was replaced")
         elif not plain(
@@ -72,6 +77,28 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
         ):
             reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass or no tensor")
     return reasons
+
+
+_CALLED = ("forward", "_call_impl", "_compiled_call_impl")  # what nn.Module.__call__ looks for on the instance
+
+
+def read(module: nn.Module, *names: str) -> None:
+    """Let Dynamo guard these attributes of ``module``. It does where one is read, and not where a ``__dict__`` is."""
+    for name in names:
+        hasattr(module, name)
+
+
+def has_own(module: nn.Module, *names: str) -> bool:
+    """Has ``module`` one of these attributes itself, in place of its class's?"""
+    if torch.compiler.is_compiling():
+        read(module, *names)
+    state = module.__dict__
+    return any(name in state for name in names)
+
+
+def acts(*inputs: Any) -> bool:
+    """Is one of these a tensor subclass that acts on its own terms, and has to see each function of PyTorch that timm calls?"""
+    return any(type(x) is not Tensor and isinstance(x, Tensor) and not plain((x,)) for x in inputs)
 
 
 def example(module: nn.Module, x: Any) -> Any:
@@ -157,34 +184,45 @@ def shipped(*names: tuple[type | ModuleType, str]) -> Shipped:
         RuntimeError: a class is none of timm's or PyTorch's: it has taken the place of one.
     """
     for owner, _ in names:
-        if isinstance(owner, type) and _package(owner.__module__) not in ("timm", "torch"):
+        known = isinstance(owner, ModuleType) or (isinstance(owner, type) and _package(owner.__module__) in ("timm", "torch"))
+        if not known:
+            what = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else repr(owner)
             raise RuntimeError(
-                f"a class of timm was replaced by {owner.__module__}.{owner.__qualname__} before vitkernels was first used;"
-                " put timm's back, and replace it after vitkernels.fuse"
+                f"a class of timm or PyTorch was replaced by {what} before vitkernels was first used;"
+                " put the class back, and replace it after vitkernels.fuse"
             )
-    return tuple((owner, name, getattr(owner, name) if _as_defined(owner, name) else None) for owner, name in names)
+    return tuple(_entry(owner, name) for owner, name in names)
+
+
+def _entry(owner: Any, name: str) -> tuple[Any, str, Any, CodeType | None]:
+    if not _as_defined(owner, name, None):
+        return owner, name, None, None
+    function = getattr(owner, name)
+    return owner, name, function, getattr(_unwrapped(function), "__code__", None)
 
 
 def patched(functions: Shipped) -> list[str]:
-    """Reasons for functions that are not their owner's own now: replaced for all instances, as attention-map hacks do."""
+    """Reasons for functions that are not their owner's own now: replaced for all instances, as attention-map hacks do, or
+    edited in place, as IPython's autoreload does."""
     return [
         f"{owner.__name__}.{name} was replaced"
-        for owner, name, function in functions
-        if getattr(owner, name) is not function and not _as_defined(owner, name)
+        for owner, name, function, code in functions
+        if (getattr(owner, name) is not function or (code is not None and function.__code__ is not code))
+        and not _as_defined(owner, name, code)
     ]
 
 
-def _as_defined(owner: Any, name: str) -> bool:
+def _as_defined(owner: Any, name: str, code: CodeType | None) -> bool:
     """Is ``owner.name`` the function that the source of its class or module defines under this name?"""
     definer = next(cls for cls in owner.__mro__ if name in cls.__dict__) if isinstance(owner, type) else owner
-    function = definer.__dict__[name]
+    function = _unwrapped(definer.__dict__[name])
     if name == "F":
         return function is torch.nn.functional
     if isinstance(function, BuiltinFunctionType):
         return function.__name__ == name
-    while _is_transparent(function):
-        function = getattr(function, "__wrapped__", None)
     if not isinstance(function, FunctionType):  # a partial, a compiled or a scripted function
+        return False
+    if code is not None and function.__code__ is not code:
         return False
     # What functools.wraps cannot copy: the globals that the code reads, and the code's own name.
     source = function.__globals__["__name__"]
@@ -196,10 +234,13 @@ def _as_defined(owner: Any, name: str) -> bool:
 _as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot read code; as _select._architecture
 
 
-def _is_transparent(function: Any) -> bool:
-    """Is this what FX puts around a function while it traces, or a decorator of Dynamo's?"""
-    wrappers = ("torch.fx._symbolic_trace", "torch._dynamo")
-    return isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(wrappers)
+def _unwrapped(function: Any) -> Any:
+    """The function inside ``torch.compiler.disable``, or inside what FX puts around one while it traces."""
+    while isinstance(function, FunctionType) and (
+        getattr(function, "_torchdynamo_disable", False) or function.__globals__["__name__"] == "torch.fx._symbolic_trace"
+    ):
+        function = getattr(function, "__wrapped__", None)
+    return function
 
 
 def _package(module: str) -> str:

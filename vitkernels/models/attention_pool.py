@@ -37,7 +37,7 @@ class FusedAttentionPool(AttentionPoolLatent):
             return AttentionPoolLatent.forward(self, x, *args, **kwargs)
         # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
         traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
-        if traced or self.why_not():
+        if traced or _guard.acts(x, *args, *kwargs.values()) or self.why_not():
             return super().forward(x, *args, **kwargs)
         return self._vk_fused(x, *args, **kwargs)
 

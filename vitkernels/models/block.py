@@ -89,7 +89,8 @@ class FusedBlock(Block):
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
         # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
         left = _availability.leaves_to_pytorch(_guard.example(self, x))
-        if (left and not (self._vk_recompute_mlp and isinstance(x, Tensor))) or self.why_not():
+        apart = (left and not (self._vk_recompute_mlp and isinstance(x, Tensor))) or _guard.acts(x, *args, *kwargs.values())
+        if apart or self.why_not():
             return super().forward(x, *args, **kwargs)
         # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
         folded = _fold.current(self) if self._vk_inference and isinstance(x, Tensor) else None
@@ -173,7 +174,7 @@ class FusedBlock(Block):
                 reasons.append(f"mlp.act approximates by {act.approximate!r}")
         for name in ("norm1", "norm2"):
             norm = self._modules.get(name)
-            if norm is not None and norm.__dict__.get("_fast_norm"):
+            if type(norm) is LayerNorm and getattr(norm, "_fast_norm", False):
                 reasons.append(f"{name} is a fast norm, which changes autocast")
         return reasons or _shapes(self)
 
@@ -190,7 +191,7 @@ class FusedBlocks(nn.Sequential):
     @functools.wraps(nn.Sequential.forward)
     def forward(self, input):
         ours = isinstance(self, FusedBlocks) and isinstance(input, Tensor)  # unfused since it was bound; a proxy of torch.fx
-        if not ours or _availability.leaves_to_pytorch(input) or _guard.patched(_SHIPPED_SEQUENTIAL):
+        if not ours or _availability.leaves_to_pytorch(input) or _guard.acts(input) or _guard.patched(_SHIPPED_SEQUENTIAL):
             return nn.Sequential.forward(self, input)
         x, statistics, folded = input, None, None
         del input
@@ -229,7 +230,7 @@ def _folded_for_us(block: nn.Module) -> _fold.FoldedBlock | None:
     state = block.__dict__
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
     patched = type(block).forward is not _SHIPPED_FORWARD or type(block).__call__ is not nn.Module.__call__
-    if hooked or "forward" in state or patched or block.why_not():
+    if hooked or _guard.has_own(block, "forward") or patched or block.why_not():
         return None
     folded = _fold.current(block)
     return None if folded is None or folded.qkv is None or folded.fc1 is None else folded

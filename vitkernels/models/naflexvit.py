@@ -54,7 +54,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         if not isinstance(self, FusedNaFlexEmbeds):  # unfused since this method was bound
             return NaFlexEmbeds.forward(self, x, patch_coord=patch_coord, patch_valid=patch_valid)
         # Sizes are looked at last: an exported program that runs timm's forward must not depend on them.
-        apart = patch_coord is not None or _availability.leaves_to_pytorch(x) or self.why_not_merged()
+        apart = patch_coord is not None or _availability.leaves_to_pytorch(x) or _guard.acts(x) or self.why_not_merged()
         if apart or not self._cuts_into_patches(x):
             return super().forward(x, patch_coord=patch_coord, patch_valid=patch_valid)
         patch_h, patch_w = self.patch_size
@@ -138,7 +138,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
     def _why_not_resampled(self) -> list[str]:
         reasons = _guard.function_modes() + _guard.patched(_SHIPPED_POSITIONS)
-        replaced = [name for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds and name in self.__dict__]
+        replaced = [name for owner, name, *_ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds and _guard.has_own(self, name)]
         replaced += [
             n for n, ours in _METHODS.items() if isinstance(self, FusedNaFlexEmbeds) and getattr(type(self), n) is not ours
         ]
@@ -189,4 +189,4 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
 
 
 # As they are here: somebody may replace them on ``type(embeds)``, which is the fused class, or in a subclass of it.
-_METHODS = {name: getattr(FusedNaFlexEmbeds, name) for owner, name, _ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds}
+_METHODS = {name: getattr(FusedNaFlexEmbeds, name) for owner, name, *_ in _SHIPPED_POSITIONS if owner is NaFlexEmbeds}

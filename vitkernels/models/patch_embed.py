@@ -50,7 +50,7 @@ class FusedPatchEmbed(PatchEmbed):
             return _Embedded(x.model._vk_embed(x.pixels))
         # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
         traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
-        if traced or args or kwargs or self.why_not():
+        if traced or args or kwargs or _guard.acts(x) or self.why_not():
             statistics = self._statistics()
             pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
             return super().forward(pixels, *args, **kwargs)
@@ -125,7 +125,7 @@ def why_not_plain(proj: nn.Conv2d) -> list[str]:
     """A reason if ``proj`` does more than multiply patches."""
     weight, bias = _guard.attribute(proj, "weight"), _guard.attribute(proj, "bias")
     settings = (proj.stride, proj.padding, proj.padding_mode, proj.dilation, proj.groups)
-    plain = settings == (weight.shape[2:], (0, 0), "zeros", (1, 1), 1) and "_conv_forward" not in proj.__dict__
+    plain = settings == (weight.shape[2:], (0, 0), "zeros", (1, 1), 1) and not _guard.has_own(proj, "_conv_forward")
     if plain and (bias is None or bias.shape == weight.shape[:1]):
         return []
     return ["proj is not a plain convolution whose stride is its kernel size"]
@@ -197,7 +197,7 @@ class FusedVisionTransformer(FusedPositions):
         if type(stem).forward is not _STEM_FORWARD or stem._compiled_call_impl is not None:
             reasons.append("patch_embed overrides forward")
         reasons += _guard.children(stem, "patch_embed.", (("norm", (nn.Identity,)),))
-        if type(self)._pos_embed is not _POS_EMBED or "_pos_embed" in self.__dict__:
+        if type(self)._pos_embed is not _POS_EMBED or _guard.has_own(self, "_pos_embed"):
             reasons.append("_pos_embed was replaced")
         reasons += _guard.patched(_SHIPPED_STEPS)
         return reasons or self._why_not_of_shape(stem)
@@ -209,7 +209,11 @@ class FusedVisionTransformer(FusedPositions):
         reasons = _guard.why_not_prefix(self, width) + _guard.why_not_own(self, "pos_embed")
         if reasons:
             return reasons
-        if positions is not None and self.dynamic_img_size:
+        grid = not stem.flatten and stem.output_fmt == Format.NHWC
+        if positions is not None and grid != bool(self.dynamic_img_size):
+            layout = "a grid" if grid else "a row"
+            reasons.append(f"patch_embed gives {layout} of tokens, and dynamic_img_size is {self.dynamic_img_size}")
+        elif positions is not None and self.dynamic_img_size:
             reasons += self.why_not_resampled()
             if positions.shape[-1] != width:
                 reasons.append(f"pos_embed has {positions.shape[-1]} channels, tokens have {width}")
@@ -262,7 +266,7 @@ class _Embedded(NamedTuple):
 def _to_merge(model, x):
     # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for, and what export records
     # is cut at the calls of modules (torch.distributed.pipelining). A model may have been unfused since its method was bound.
-    cut = isinstance(x, torch.fx.Proxy) or _availability.exporting()
+    cut = isinstance(x, torch.fx.Proxy) or _availability.exporting() or _guard.acts(x)
     return x if cut or not isinstance(model, FusedVisionTransformer) or model.why_not_merged() else _Images(x, model)
 
 
