@@ -35,6 +35,25 @@ def pytest_cmdline_main(config):
         config.option.numprocesses = min(4, os.cpu_count() or 1)
 
 
+# Each compiles first what all of its tests look at.
+COMPILED_ONCE = ("test_import.py", "test_inspect.py", "test_linear_aot.py", "test_pos_embed_source.py")
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of the files above stay in one process. (``--dist loadgroup`` does nothing under pytest 9.2.)"""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, _ = nodeid.partition("::")
+            return file if file.endswith(COMPILED_ONCE) else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _poison_seed_and_backend(request, monkeypatch):
     """Every test starts from one seed, and memory from ``torch.empty`` is NaN: what a kernel forgets to write shows.
