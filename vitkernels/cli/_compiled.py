@@ -23,7 +23,7 @@ def launches(row: dict[str, Any]) -> list[str]:
 
 
 def spilled(row: dict[str, Any]) -> int:
-    """Bytes of a thread that registers did not hold: stored, or loaded, whichever are more; else of an array that lies there."""
+    """Bytes of a thread that registers did not hold: stored or loaded, whichever are more; else of an array that lies there."""
     return max(row["spill_bytes"], row["spill_load_bytes"]) or row["stack_bytes"]
 
 
