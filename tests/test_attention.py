@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import outputs_and_gradients
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
@@ -85,6 +86,17 @@ def test_a_bool_bias_masks_what_is_false():
     keep[..., 0] = True
     additive = torch.zeros(keep.shape).masked_fill_(~keep, -torch.inf)
     torch.testing.assert_close(vk.ops.attention(q, k, v, bias=keep), vk.ops.attention(q, k, v, bias=additive))
+
+
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_a_bias_that_is_a_subclass_of_pytorchs_is_pytorchs_to_read(make):
+    """Its memory is not the mask that it stands for."""
+    q, k, v = heads(2, 5, 2, 16), heads(2, 5, 2, 16), heads(2, 5, 2, 16)
+    expected = vk.ops.attention(q, k, v, bias=torch.ones(5, 5, dtype=torch.bool).tril())
+    for call in (vk.ops.attention, lambda *qkv, bias: vk.ops.attention_qkv(torch.stack(qkv, 2), bias=bias)):
+        torch.testing.assert_close(call(q, k, v, bias=make(5, 5)), expected)
+        with vk.backend("fused"), pytest.raises(RuntimeError, match="a tensor subclass needs PyTorch's own operators"):
+            call(q, k, v, bias=make(5, 5))
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 9], [4, 0, 2], [0], [1]])

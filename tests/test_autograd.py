@@ -222,6 +222,77 @@ def test_a_result_without_gradients_can_be_added_to_with_gradients(name, plan):
 # Second derivatives.
 
 
+def _refilled(x: Tensor) -> Tensor:
+    """A buffer of data, which is used for the next batch before backward."""
+    return x.detach().clone()
+
+
+def _of_inference_mode(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.detach() * 1
+
+
+# By name: shapes of the data and of the frozen weight and of what is trained, and the operator.
+FROZEN: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor]]] = {
+    "linear": ((TOKENS, (24, 16), (24,)), ops.linear),
+    "linear, act": ((TOKENS, (24, 16), (24,)), lambda x, weight, bias: ops.linear(x, weight, bias, act="gelu")),
+    "linear, residual": (
+        (TOKENS, (24, 16), (3, 10, 24)),
+        lambda x, weight, residual: ops.linear(x, weight, residual=residual),
+    ),
+    "patch_embed": (
+        ((2, 3, 8, 8), (16, 3, 4, 4), (1, 4, 16)),
+        lambda images, weight, positions: ops.patch_embed(images, weight, pos_embed=positions),
+    ),
+}
+
+
+@pytest.mark.parametrize("data", [_refilled, _of_inference_mode])
+@every_plan
+@pytest.mark.parametrize("name", FROZEN)
+def test_data_that_no_gradient_needs_is_not_kept(name, plan, data):
+    """A frozen stem with trained positions, as MoCo v3's, or a frozen layer with a trained bias."""
+    shapes, operator = FROZEN[name]
+    x, weight, trained = (torch.randn(shape) for shape in shapes)
+    gradients = []
+    for backend in (vk.backend("reference"), kernels(plan)):
+        with backend:
+            given, leaf = data(x), trained.clone().requires_grad_()
+            out = operator(given, weight, leaf)
+            if not given.is_inference():
+                given.fill_(torch.nan)
+            out.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_frozen_weights_lets_its_input_be_changed():
+    """``h += linear(h, frozen)``, where autograd needs the weight and not h."""
+    weight, start = torch.randn(16, 16), torch.randn(3, 16)
+    gradients = []
+    for backend in ("reference", "fused"):
+        with vk.backend(backend):
+            leaf = start.clone().requires_grad_()
+            h = leaf * 2
+            h += ops.linear(h, weight)
+            h.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["x", "residual", "weight", "bias", "layer_scale"])
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_the_stream_of_add_layer_norm_requires_grad_where_something_in_it_is_trained(backend, trained):
+    tensors = {"x": (3, 16), "residual": (3, 16), "weight": (16,), "bias": (16,), "layer_scale": (16,)}
+    arguments = {name: torch.randn(shape, requires_grad=name == trained) for name, shape in tensors.items()}
+    with vk.backend(backend):
+        y, stream = ops.add_layer_norm(**arguments)
+    assert y.requires_grad
+    assert stream.requires_grad == (trained in ("x", "residual", "layer_scale"))
+    y.sum().backward()
+    assert arguments[trained].grad is not None
+
+
 @every_case
 def test_second_derivatives_raise_on_every_path(name):
     """Of each gradient with respect to each leaf, wherever PyTorch's operators have one that is not zero."""

@@ -631,6 +631,41 @@ def test_inference_mode_serves_and_later_gradients_do_too():
 
 
 @on_a_cpu
+def _written(model):
+    model.blocks[0].mlp.fc1.weight.copy_(2 * model.blocks[0].mlp.fc1.weight)
+
+
+def _loaded(model):
+    model.blocks[1].attn.load_state_dict({name: 2 * t for name, t in model.blocks[1].attn.state_dict().items()})
+
+
+def _other_layer(model):
+    model.blocks[0].attn.proj = nn.Linear(*model.blocks[0].attn.proj.weight.shape).to(model.blocks[0].attn.proj.weight.dtype)
+
+
+def _loaded_whole(model):
+    model.load_state_dict({name: 1.5 * t for name, t in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["compile", "export", "strict export"])
+@pytest.mark.parametrize("change", [_written, _loaded, _other_layer, _loaded_whole])
+def test_a_graph_that_is_made_after_parameters_changed_has_the_new_ones(change, how, dtype):
+    torch._dynamo.reset()
+    model = vk.fuse(small(init_values=0.5).to(dtype), inference=True)
+    images = IMAGES.to(dtype)
+    with torch.no_grad():
+        before = model(images)
+        change(model)
+        if how == "compile":
+            program = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            program = torch.export.export(model, (images,), strict=how.startswith("strict")).module()
+        got = program(images)
+        assert not torch.allclose(got, before, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(got, model(images), atol=1e-5 if dtype == torch.float32 else 5e-2, rtol=1e-2)
+
+
 def test_the_folded_model_compiles_to_one_graph():
     """On PyTorch's operators; test_fold_statistics.py has the graphs of ours."""
     _, model = folded(init_values=0.1)

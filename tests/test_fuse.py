@@ -265,6 +265,24 @@ def test_a_block_forward_with_an_unknown_signature_is_refused(monkeypatch):
         vk.fuse(small())
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("path", ["patch_embed", "blocks.0.mlp.act", "norm", "head", "blocks.0"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_part_that_torchscript_compiled_is_called_as_it_is(path, when):
+    stock, model = small(), small()
+    model.load_state_dict(stock.state_dict())
+    if when == "after":
+        vk.fuse(model)
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).register_module(name, torch.jit.script(model.get_submodule(path)))
+    if when == "before":
+        vk.fuse(model)
+    torch.testing.assert_close(model(IMAGES), stock(IMAGES))
+    assert "blocks.1" in {m.name for m in vk.explain(model).modules if m.fused}
+    wrapped = vk.fuse(nn.Sequential(torch.jit.script(nn.Identity()), small()))
+    assert isinstance(wrapped[1].blocks[0], FusedBlock)
+
+
 def test_a_subclass_of_block_is_not_swapped_and_says_so():
     class MyBlock(Block):
         pass

@@ -292,9 +292,9 @@ def opcheck_arguments():
             (pixels, half, bias, prefix, patches, False, mean, std, f32, False, "auto", ""),
         ],
         "patch_embed_bwd": [
-            (dout, images, weight, None, None, True, True, True, False, "triton", ""),
-            (dout, last, weight, None, None, True, True, False, False, "cublas", ""),
-            (dout, pixels, half, mean, std, False, True, True, False, "auto", ""),
+            (dout, images, weight, None, None, True, True, False, "triton", ""),
+            (dout, last, weight, None, None, True, True, False, "cublas", ""),
+            (dout, pixels, half, mean, std, False, True, False, "auto", ""),
         ],
     }
 

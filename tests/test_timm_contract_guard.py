@@ -294,6 +294,25 @@ def test_torch_function_subclass_weight_runs_timms_forward():
     assert counted(fused, images())[1] == 1
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("inference", [False, True])
+def test_sparse_weights_run_timms_forward(inference, dtype):
+    """As pruning leaves them."""
+    stock, fused = stock_and_fused()
+    x = images().to(dtype)
+    for model in (stock.to(dtype), fused.to(dtype)):
+        layer = model.blocks[1].mlp.fc1
+        weight = layer.weight.detach().where(torch.rand_like(layer.weight, dtype=torch.float32) > 0.5, 0)
+        layer.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+    fused.blocks[1].mlp.fc1.weight = stock.blocks[1].mlp.fc1.weight
+    vitkernels.fuse(fused, inference=inference)
+    assert "mlp.fc1 has a parameter that is a tensor subclass, sparse or no tensor" in reasons(fused)
+    if dtype == torch.float32:  # PyTorch multiplies no others on a CPU
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["images", "tokens", "mask", "inference", "naflexvit", "pooling"])
 def test_a_tensor_subclass_given_to_a_model_acts_as_in_timm(kind):
     arguments = {"class_token": False, "global_pool": "map"} if kind == "pooling" else {}

@@ -413,6 +413,32 @@ def test_an_image_size_that_is_one_number_takes_effect_as_in_timm():
     assert_same(fused(x), stock(x))
 
 
+@pytest.mark.parametrize("kind", ["naflexvit", "map", "vit"])
+def test_weights_that_are_there_only_inside_of_their_layers_calls_take_effect(kind):
+    """As ZeRO-3 does: hooks gather a layer's weights before its forward, and leave empty ones behind it."""
+    name = "naflexvit_base_patch16_gap" if kind == "naflexvit" else "vit_tiny_patch16_224"
+    options = {"naflexvit": {"img_size": None}, "map": {"class_token": False, "global_pool": "map"}, "vit": {}}[kind]
+    stock, fused = stock_and_fused(name, **options)
+    x = images()
+    expected = stock(x)
+    for layer in [module for module in fused.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm))]:
+        whole = {key: p.data for key, p in layer.named_parameters()}
+
+        def gather(module, _inputs, whole=whole):
+            for key, value in whole.items():
+                getattr(module, key).data = value
+
+        def release(module, _inputs, _output=None, whole=whole):
+            for key, value in whole.items():
+                getattr(module, key).data = value.new_empty(0)
+
+        layer.register_forward_pre_hook(gather)
+        layer.register_forward_hook(release)
+        release(layer, None)
+    with torch.no_grad():
+        assert_same(fused(x), expected.detach())
+
+
 def _always_flat(model):
     model.patch_embed.flatten = True
 

@@ -1,5 +1,7 @@
 """A fused timm model passes through what reads, traces, compiles, exports, transforms or distributes models."""
 
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,6 +40,38 @@ def fused_nodes(graph: torch.fx.Graph) -> list[str]:
     """Names of the operators of vitkernels that are nodes of a graph."""
     targets = (node.target for node in graph.nodes if node.op == "call_function")
     return [f.__name__ for f in targets if getattr(f, "__module__", "").startswith("vitkernels.")]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("how", ["strict export", "export", "trace"])
+def test_a_model_that_recomputes_is_recorded_as_timms_with_gradients_enabled(how, on_gpu, monkeypatch):
+    if not on_gpu:
+        monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    stock, fused = stock_and_fused()
+    vitkernels.fuse(fused, recompute="mlp")
+    x, other = images(), images()
+    if how == "trace":
+        program = torch.jit.trace(fused, x)
+    else:
+        program = torch.export.export(fused, (x,), strict=how == "strict export").module()
+    assert_same(program(other), stock(other))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reference_converts_to_onnx_with_dynamic_sizes_as_far_as_timms():
+    stock, fused = stock_and_fused()
+    errors = []
+    for model in (stock, fused):
+        with vitkernels.backend("reference"):
+            try:
+                torch.onnx.export(
+                    model, (images(),), io.BytesIO(), dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "batch"}}
+                )
+                errors.append("")
+            except Exception as error:  # onnx may not be installed, which the last step needs
+                errors.append(str(error))
+    assert errors[1] == errors[0]
 
 
 # TorchScript, deprecated by torch and used by timm's users.

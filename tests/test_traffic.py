@@ -112,7 +112,7 @@ def _patch_embed(dtype=BF16, prefix=1, channels_last=False):
     out = patch_embed.launch_patch_embed_fwd(
         images, weight, draw(40), tokens, draw(1, prefix + 6, 40), True, *normalise, BF16, *end
     )
-    needs = dtype != torch.uint8, True, False
+    needs = dtype != torch.uint8, True
     patch_embed_backward.launch_patch_embed_bwd(draw(*out.shape), images, weight, *normalise, *needs, *end)
 
 

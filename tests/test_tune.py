@@ -618,7 +618,7 @@ def test_patch_embedding_is_tuned_for_a_model_and_its_launchers_follow(clock, ca
     settings = (False, "auto", "sm_90")
     with _recorder.recording(lambda *_: None):
         patch_embed.launch_patch_embed_fwd(images, weight, None, None, None, True, None, None, dout.dtype, *settings)
-        patch_embed_backward.launch_patch_embed_bwd(dout, images, weight, None, None, False, True, False, *settings)
+        patch_embed_backward.launch_patch_embed_bwd(dout, images, weight, None, None, False, True, *settings)
     assert blocks == [256, 256]
 
 

@@ -9,10 +9,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _env, _settings
@@ -36,6 +36,9 @@ class backend(_settings.Override):
     thread or task without a block of its own (autograd's threads, workers) has the policy of the block, of any thread, that
     was opened last and is still open. Without any block the default rules again, in whatever order blocks overlapped and
     ended. One object may be entered several times, also by several threads at once. Compiled code follows a change.
+
+    A block inside of compiled code should have no graph break in it: what runs in the break shares the policy with all threads.
+    A backward pass that runs the forward again (``torch.utils.checkpoint``) has to have the policy that the first one had.
 
     Args:
         name: ``"auto"``, ``"fused"`` or ``"reference"``. Outside, the environment variable ``VITKERNELS_BACKEND`` decides.
@@ -198,11 +201,25 @@ def why_not_arch(arch: str) -> list[str]:
 def why_not_opaque(tensors: list[Tensor]) -> list[str]:
     """Reasons, common to all operators, why an opaque operator would not see what these tensors stand for."""
     reasons = []
-    if any(is_traceable_wrapper_subclass(t) for t in tensors):
+    if any(map(acts, tensors)):
         reasons.append("a tensor subclass needs PyTorch's own operators")
+    if any(t.layout is not torch.strided for t in tensors):
+        reasons.append("a sparse tensor needs PyTorch's own operators")
     if _under_functorch(tensors):
         reasons.append("torch.func transforms and forward-mode derivatives need PyTorch's own operators")
     return reasons
+
+
+# Of Tensor, and of Parameter and FakeTensor: a subclass with another one acts on its own terms.
+_PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
+
+
+def acts(t: Tensor) -> bool:
+    """Is this a tensor subclass that acts on its own terms, and has to see each function of PyTorch?"""
+    kind: Any = type(t)
+    if kind is nn.Parameter or kind is Tensor:
+        return False
+    return is_traceable_wrapper_subclass(t) or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS
 
 
 def _under_functorch(tensors: list[Tensor]) -> bool:

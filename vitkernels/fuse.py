@@ -4,6 +4,7 @@
 working, and the reverse assignment undoes it. timm is imported on the first call.
 """
 
+import inspect
 import io
 import logging
 import sys
@@ -126,7 +127,8 @@ def fuse(
             nothing uses the copies: blocks run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
             them (one of ``torch.fx`` does: it runs on the parameters), and nobody sees writes that PyTorch does not count:
-            through ``parameter.data``, NumPy or DLPack, by another process, or to parameters made under ``inference_mode``.
+            through ``parameter.data``, NumPy or DLPack, by optimizers with ``fused=True``, ``torch.distributed``'s collectives
+            or another process, or to parameters made under ``inference_mode``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
             In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, lose
             accuracy.
@@ -332,9 +334,10 @@ def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:
 
 
 def _is_stem(name: str, module: nn.Module) -> bool:
-    if type(module).forward is nn.Module.forward:  # a ModuleList, which nobody calls
+    if name.rpartition(".")[2] not in ("patch_embed", "embeds"):  # timm's names, of HybridEmbed and NaFlexEmbeds too
         return False
-    return name.rpartition(".")[2] in ("patch_embed", "embeds")  # timm's names, of HybridEmbed and NaFlexEmbeds too
+    # Not a ModuleList, which nobody calls. Of the class as it is written: that of a TorchScript module answers with an error.
+    return inspect.getattr_static(type(module), "forward") is not nn.Module.forward
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:

@@ -88,7 +88,7 @@ def _problem(
         return tokens + positions.to(dtype)
 
     def dweight() -> Tensor:
-        return launch_patch_embed_bwd(dout, images, weight, mean, std, False, True, False, *settings)[1]
+        return launch_patch_embed_bwd(dout, images, weight, mean, std, False, True, *settings)[1]
 
     def dweight_by_pytorch(dtype: torch.dtype) -> Tensor:
         g = dout[:, num_prefix:].to(dtype).reshape(-1, D)

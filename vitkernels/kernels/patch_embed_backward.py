@@ -164,12 +164,11 @@ def launch_patch_embed_bwd(
     std: Tensor | None,
     need_dimages: bool,
     need_dweight: bool,
-    need_dtokens: bool,
     allow_tf32: bool,
     plan: str,
     arch: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dimages, dweight and the float32 sum of dout over the batch (P + Gh*Gw, D); what is not needed is empty."""
+) -> tuple[Tensor, Tensor]:
+    """Returns dimages and dweight; what is not needed is empty."""
     geometry = _geometry(images, weight)
     settings = geometry, images, weight, allow_tf32, plan, arch
     dout = dout.contiguous()
@@ -180,11 +179,9 @@ def launch_patch_embed_bwd(
         if need_dweight:
             config = _config("dweight", *settings)
             dweight = _dweight(dout, images, weight, mean, std, geometry, config, allow_tf32)
-        dtokens = dout.sum(0, dtype=torch.float32) if need_dtokens else dout.new_empty(0, dtype=torch.float32)
     return (
         images.new_empty(0) if dimages is None else dimages,
         weight.new_empty(0) if dweight is None else dweight,
-        dtokens,
     )
 
 
@@ -307,5 +304,4 @@ def _aot(shape: "Shape", kind: str, batch: int) -> None:
         **{name: arguments[name] for name in names},
         need_dimages=not kind.startswith("uint8"),
         need_dweight=True,
-        need_dtokens=False,
     )

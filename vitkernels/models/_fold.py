@@ -6,16 +6,18 @@ parameters. A call compares where the parameters lie and how often they were wri
 ``load_state_dict``, ``.half()``, ``copy_`` or an optimizer's step the copies are made again. They are replaced in whole, by
 one assignment: of the threads that share a model each finds the old set or the new one. What PyTorch counts as no write is
 not seen: in place through ``p.data``, NumPy or DLPack, by another process, to a tensor made under ``inference_mode``. The
-comparison costs 5 us a block; a compiled graph cannot make it, so what it needs to see (``_apply``,
+comparison costs 5 us a block; a compiled graph makes it once, when it is traced, so what it needs to see later (``_apply``,
 ``_load_from_state_dict``, ``train``) is also told by the block.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from .. import _select
 from ..ops.folded_linear import Folded, fold_norm
 from ..ops.linear import compute_dtype
 from . import _guard
@@ -59,7 +61,11 @@ def fold(block: nn.Module) -> Copies:
         state = _state(memory)
         copies = Copies(_folded(block) if sources else None, state, memory)
     block._vk_folded = copies
+    _BLOCKS[id(block)] = block
     return copies
+
+
+_BLOCKS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # those with copies, by id
 
 
 def _folded(block: nn.Module) -> FoldedBlock | None:
@@ -135,16 +141,34 @@ def _state(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
 
 def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
+    compiling = torch.compiler.is_compiling()
+    # While compiling before anything reads the copies: Dynamo would not read them again.
+    if torch.is_grad_enabled() or (compiling and not _is_up_to_date(id(block))):
+        return None
     copies = block._vk_folded
-    if torch.is_grad_enabled() or (copies is not None and copies.block is None):
+    if copies is not None and copies.block is None:
         return None
     weight = _guard.attribute(block._modules["attn"]._modules["qkv"], "weight")  # not the input, which may be FX's proxy
     if compute_dtype(weight) != weight.dtype:
         return None
-    if not torch.compiler.is_compiling():
-        state = _state(_parameters(block))
-        if state is None:
-            return None
-        if copies is None or state != copies.state:
-            copies = fold(block)
-    return None if copies is None else copies.block
+    if compiling:
+        return copies.block
+    state = _state(_parameters(block))
+    if state is None:
+        return None
+    if copies is None or state != copies.state:
+        copies = fold(block)
+    return copies.block
+
+
+@_select.run_by_dynamo
+def _is_up_to_date(key: int) -> bool:
+    """Has the block of this id copies of its parameters as they are now, perhaps made here?"""
+    block = _BLOCKS.get(key)
+    state = None if block is None else _state(_parameters(block))
+    if block is None or state is None:  # it was copied or unpickled, and not called since; or its parameters are fake
+        return False
+    copies = block._vk_folded
+    if copies is None or state != copies.state:
+        copies = fold(block)
+    return copies.block is not None

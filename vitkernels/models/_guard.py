@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Of Tensor, and of Parameter and FakeTensor: a subclass with another one acts on its own terms.
-_PLAIN_TORCH_FUNCTIONS = (Tensor.__torch_function__, nn.Parameter.__torch_function__)
+from .. import _select
 
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
 # (class or module, name of a function, that function, its code). No function: it is replaced already; no code: it is C++.
@@ -75,7 +73,7 @@ def children(owner: nn.Module, prefix: str, parts: Parts) -> list[str]:
             if "weight" in state or "bias" in state or "gamma" in state or state["_buffers"]
             else state["_parameters"].values()
         ):
-            reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass or no tensor")
+            reasons.append(f"{prefix}{name} has a parameter that is a tensor subclass, sparse or no tensor")
     return reasons
 
 
@@ -97,8 +95,8 @@ def has_own(module: nn.Module, *names: str) -> bool:
 
 
 def acts(*inputs: Any) -> bool:
-    """Is one of these a tensor subclass that acts on its own terms, and has to see each function of PyTorch that timm calls?"""
-    return any(type(x) is not Tensor and isinstance(x, Tensor) and not plain((x,)) for x in inputs)
+    """Is one of these a tensor subclass that has to see each function of PyTorch that timm calls?"""
+    return any(isinstance(x, Tensor) and _select.acts(x) for x in inputs)
 
 
 def example(module: nn.Module, x: Any) -> Any:
@@ -151,16 +149,9 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """No subclass that acts on its own terms, and no number in the place of a tensor."""
+    """No subclass that acts on its own terms, no sparse tensor, and no number in the place of a tensor."""
     for t in tensors:
-        kind: Any = type(t)
-        if t is None or kind is nn.Parameter or kind is Tensor:
-            continue
-        if (
-            not isinstance(t, Tensor)
-            or is_traceable_wrapper_subclass(t)
-            or kind.__torch_function__ not in _PLAIN_TORCH_FUNCTIONS
-        ):
+        if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided or _select.acts(t)):
             return False
     return True
 

@@ -124,10 +124,9 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""
         reasons = self._why_not_resampled() + _guard.global_hooks() + _guard.patched(_SHIPPED)
         reasons += _guard.children(self, "", _PARTS)
-        reasons += self._why_not_of_shape()
         if self.norm_input is not None:
             reasons.append("norm_input comes before proj")
-        return reasons
+        return reasons or self._why_not_of_shape()  # weights that ZeRO-3 gathers for hooks have no shape outside of these
 
     def why_not(self) -> list[str]:
         """Reasons why timm would make the positions of a mixed batch now; empty when ours does. Works on a stock module too."""

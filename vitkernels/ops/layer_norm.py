@@ -211,7 +211,9 @@ class _AddLayerNorm(torch.autograd.Function):
         y, stream, mean, rstd = torch.ops.vitkernels.add_layer_norm_fwd(
             x, residual, weight, bias, layer_scale, eps, stream_dtype, out_dtype
         )
-        need_dlayer_scale = ctx.needs_input_grad[4]
+        need_dx, need_dresidual, _, _, need_dlayer_scale, *_ = ctx.needs_input_grad
+        if not (need_dx or need_dresidual or need_dlayer_scale):
+            ctx.mark_non_differentiable(stream)
         ctx.save_for_backward(stream, x if need_dlayer_scale else None, weight, bias, layer_scale, mean, rstd)
         ctx.dtypes = x.dtype, residual.dtype
         return y, stream

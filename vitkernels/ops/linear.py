@@ -221,7 +221,8 @@ def parameter_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """Saves x (with a norm also mean and rstd, not LN(x), which backward rebuilds) and, for an activation, z."""
+    """Saves x if what is trained needs it (with a norm also mean and rstd, not LN(x), which backward rebuilds), and, for an
+    activation, z."""
 
     @staticmethod
     def forward(
@@ -261,7 +262,9 @@ class _Linear(torch.autograd.Function):
             plan,
             arch,
         )
-        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, layer_scale, drop_path, mean, rstd, z if keep else None)
+        _, need_dw, _, _, _, need_dls, *_ = ctx.needs_input_grad
+        x, z = x if eps is not None or need_dw or need_dls else None, z if keep else None
+        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, layer_scale, drop_path, mean, rstd, z)
         ctx.settings = eps, act, None if residual is None else residual.dtype
         return y
 

@@ -20,8 +20,7 @@ from .layer_norm import KERNEL_DTYPES
 PLANS = ("cublas", "triton")  # "auto": what the tuned table says
 MAX_PATCHES = 2**30  # of a batch: what the kernels number with 32 bits. Offsets have 64.
 
-# 1. Registration. Bytes as in kernels/patch_embed.py. dtokens is the sum of dout over the batch, (P + Gh*Gw, D): what the
-# gradients of prefix tokens, positions and bias are made of.
+# 1. Registration. Bytes as in kernels/patch_embed.py.
 
 
 def _num_patches(images: Tensor, weight: Tensor) -> int:
@@ -67,20 +66,19 @@ register(
 
 
 def _patch_embed_bwd_fake(
-    dout, images, weight, mean, std, need_dimages, need_dweight, need_dtokens, allow_tf32, plan, arch
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout, images, weight, mean, std, need_dimages, need_dweight, allow_tf32, plan, arch
+) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(images) if need_dimages else images.new_empty(0),
         weight.new_empty(weight.shape if need_dweight else 0),
-        dout.new_empty(dout.shape[1:] if need_dtokens else 0, dtype=torch.promote_types(torch.float32, dout.dtype)),
     )
 
 
 def _patch_embed_bwd_reference(
-    dout, images, weight, mean, std, need_dimages, need_dweight, need_dtokens, allow_tf32, plan, arch
-) -> tuple[Tensor, Tensor, Tensor]:
-    dimages, dweight, dtokens = _patch_embed_bwd_fake(
-        dout, images, weight, mean, std, need_dimages, need_dweight, need_dtokens, allow_tf32, plan, arch
+    dout, images, weight, mean, std, need_dimages, need_dweight, allow_tf32, plan, arch
+) -> tuple[Tensor, Tensor]:
+    dimages, dweight = _patch_embed_bwd_fake(
+        dout, images, weight, mean, std, need_dimages, need_dweight, allow_tf32, plan, arch
     )
     compute = torch.promote_types(torch.float32, weight.dtype)
     grid = (images.shape[2] // weight.shape[2], images.shape[3] // weight.shape[3])
@@ -96,15 +94,12 @@ def _patch_embed_bwd_reference(
         dimages.copy_(dx)
     if need_dweight:
         dweight.copy_(dw)
-    if need_dtokens:
-        torch.sum(dout, 0, dtype=dtokens.dtype, out=dtokens)
-    return dimages, dweight, dtokens
+    return dimages, dweight
 
 
 register(
     "patch_embed_bwd(Tensor dout, Tensor images, Tensor weight, Tensor? mean, Tensor? std, bool need_dimages,"
-    " bool need_dweight, bool need_dtokens, bool allow_tf32, str plan, str arch)"
-    " -> (Tensor dimages, Tensor dweight, Tensor dtokens)",
+    " bool need_dweight, bool allow_tf32, str plan, str arch) -> (Tensor dimages, Tensor dweight)",
     fake=_patch_embed_bwd_fake,
     stem="patch_embed_backward",
     reference=_patch_embed_bwd_reference,
@@ -151,7 +146,7 @@ def positions_fit(
 
 
 class _PatchEmbed(torch.autograd.Function):
-    """Saves the images as they came (uint8: a byte a pixel) and the weight."""
+    """Saves the images as they came (uint8: a byte a pixel) and the weight; no images where the weight and they are frozen."""
 
     @staticmethod
     def forward(
@@ -160,7 +155,7 @@ class _PatchEmbed(torch.autograd.Function):
         out = torch.ops.vitkernels.patch_embed_fwd(
             images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std, out_dtype, allow_tf32, plan, arch
         )
-        ctx.save_for_backward(images, weight, mean, std)
+        ctx.save_for_backward(images if any(ctx.needs_input_grad[:2]) else None, weight, mean, std)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (bias, prefix_tokens, pos_embed))
         ctx.num_prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
         ctx.first_position = 0 if pos_embed_prefix else ctx.num_prefix
@@ -173,9 +168,14 @@ class _PatchEmbed(torch.autograd.Function):
         images, weight, mean, std = saved
         need_dimages, need_dweight, need_dbias, need_dprefix, need_dpos = ctx.needs_input_grad[:5]
         bias_dtype, prefix_dtype, pos_dtype = ctx.dtypes
-        dimages, dweight, dtokens = torch.ops.vitkernels.patch_embed_bwd(
-            dout, images, weight, mean, std, need_dimages, need_dweight, need_dbias or need_dprefix or need_dpos, *ctx.settings
-        )
+        dimages = dweight = None
+        dtokens: Any = None
+        if need_dimages or need_dweight:
+            dimages, dweight = torch.ops.vitkernels.patch_embed_bwd(
+                dout, images, weight, mean, std, need_dimages, need_dweight, *ctx.settings
+            )
+        if need_dbias or need_dprefix or need_dpos:  # (P + Gh*Gw, D)
+            dtokens = dout.sum(0, dtype=torch.promote_types(torch.float32, dout.dtype))
         return (
             dimages if need_dimages else None,
             dweight if need_dweight else None,

@@ -22,7 +22,8 @@ from torch import Tensor
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Equations (2) to (5). See ``vitkernels.ops.layer_norm``."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # To converters of traced programs (ONNX) the weight's shape is a constant, as in PyTorch's module, and that of x is not.
+    return F.layer_norm(x, x.shape[-1:] if weight is None else weight.shape, weight, bias, eps)
 
 
 def add_layer_norm(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .linear import scriptable_linear
+from .pos_embed import exporting
 
 # Weight and bias of LayerNorm, fc1 and fc2.
 Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]
@@ -30,8 +31,9 @@ def mlp(
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.mlp``."""
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    # torch.func takes derivatives of no function that says what to save.
-    if recompute and torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None:
+    # torch.func takes derivatives of no function that says what to save, and what records a program has no place for it.
+    recorded = exporting() or torch.jit.is_tracing()
+    if recompute and torch.is_grad_enabled() and not recorded and torch._C._functorch.maybe_current_level() is None:
         from torch.utils.checkpoint import checkpoint
 
         arguments = (x, parameters, eps, act, layer_scale, drop_path)
