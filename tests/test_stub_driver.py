@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 
-def python(*arguments):
+def python(*arguments, without=(), **variables):
     """Of a process of its own, which does not interpret."""
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VITKERNELS_BACKEND")}
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VITKERNELS_BACKEND", *without)} | variables
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -104,3 +104,10 @@ def test_what_binding_refuses_raises_and_is_not_launched(arguments, refusal):
 def test_it_refuses_a_process_that_has_triton_already():
     script = "import triton, stub_driver\ntry: stub_driver.install()\nexcept RuntimeError as error: print(error)"
     assert "has not imported Triton yet" in python("-c", script)
+
+
+def test_a_user_without_a_home_can_install_it(tmp_path):
+    (tmp_path / "file").touch()  # no folder can be made in it, not even by root
+    script = "import stub_driver; stub_driver.install(); print('installed')"
+    done = python("-c", script, without=("TRITON_CACHE_DIR", "TRITON_HOME"), HOME=str(tmp_path / "file"))
+    assert done == "installed\n"

@@ -96,6 +96,10 @@ def _replace_torch_cuda() -> None:
 
 
 def _replace_triton_driver() -> None:
+    from vitkernels import _env
+
+    _env.give_triton_a_cache()  # the driver compiles its C code as soon as it is made
+
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
