@@ -415,6 +415,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--budget must be more than 0 seconds")
     if mode == "gpu" and gpu() is None:
         parser.error("nvidia-smi finds no GPU here; --dry-run takes the same steps on the CPU")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # DIR may have any name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -467,6 +467,28 @@ def test_attention_map_is_a_picture(capsys, photos, tmp_path, model):
     assert pixels.std() > 20, "an empty picture"
 
 
+@pytest.mark.parametrize("name", ["a$x_$b.jpg", "[red]:dog:.jpg", "f\udcfcnf.jpg"], ids=["mathematics", "markup", "Latin-1"])
+def test_names_of_files_are_no_markup(capsys, photos, checkpoints, tmp_path, name):
+    folder = tmp_path / "[exp1]" / "[" / "red]"  # and so in the checkpoint's and in the picture's path
+    folder.mkdir(parents=True)
+    photo, weights, out = folder / name, folder / f"{name}.pth", folder / f"{name}.png"
+    photo.write_bytes(Path(photos[0]).read_bytes())
+    weights.write_bytes((checkpoints / "plain.pth").read_bytes())
+    arguments = ("--model", MODEL, "--checkpoint", str(weights), "--device", "cpu", "--attention-map", str(out))
+    assert main(["classify", str(photo), *arguments]) == 0
+    printed = "".join(capsys.readouterr().out.split())  # long lines are wrapped
+    for path in (photo, weights, out):
+        assert str(path).replace("\udcfc", "\\udcfc") in printed
+    assert png_size(out)[0] > 1000
+
+
+def test_a_progress_bar_takes_its_text_as_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with _output.progress() as bar:
+        bar.add_task("a [/red] task", total=1)
+    assert "a [/red] task" in capsys.readouterr().err
+
+
 def test_recorded_attention_is_timms(checkpoints):
     """The recorded probabilities applied to v give the layer's output."""
     from vitkernels.cli import _attention

@@ -451,6 +451,14 @@ def test_no_gpu(gpu_round, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_may_have_a_name_that_standard_output_cannot_encode(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    done = started(tmp_path, "--out", tmp_path / "f\udcfcnf", "--budget", 0.001)  # "fünf" in Latin-1; no step is begun
+    output, _ = done.communicate(timeout=240)
+    assert done.returncode == 0, output
+    assert f"{tmp_path}/f\\udcfcnf/round.tar has every row." in output
+
+
 def test_imports_nothing_but_python():
     code = "import sys; sys.modules.update(dict.fromkeys(('timm', 'torch', 'vitkernels'))); import gpu_round"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(FOLDER)}, check=True, timeout=60)

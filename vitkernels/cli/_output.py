@@ -42,13 +42,15 @@ def optional(module: str, package: str, purpose: str) -> "ModuleType":
 
 
 def console() -> "Console":
-    """Standard output for tables; wide enough to keep rows whole when it is a file or a pipe."""
+    """Standard output for tables; wide enough to keep rows whole when it is a file or a pipe.
+
+    Text is printed as it is: ``[red]`` and ``:dog:`` may be parts of a user's path.
+    """
     from rich.console import Console
 
     out = Encodable(sys.stdout)
-    return _with_a_width(
-        Console(file=cast(IO[str], out), width=None if out.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
-    )
+    width = None if out.isatty() else _WIDTH_WITHOUT_TERMINAL
+    return _with_a_width(Console(file=cast(IO[str], out), width=width, markup=False, emoji=False, highlight=False))
 
 
 def progress() -> "Progress":
@@ -56,7 +58,7 @@ def progress() -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     stderr = _with_a_width(Console(file=cast(IO[str], Encodable(sys.stderr))))
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 

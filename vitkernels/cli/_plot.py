@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .._text import encodable
+
 _COLOURS = {"eager": "#8c8c8c", "autocast": "#c9a227", "fused": "#1f6fb4", "compile": "#5b9e5b"}
 _BAR = 0.28  # inches
 
@@ -86,8 +88,8 @@ def attention_figure(rows: list[dict[str, Any]]) -> Figure:
         height, width = row["photo"].shape[:2]
         extent = (0, width, height, 0)
         axes[0].imshow(row["photo"], extent=extent)
-        words = (textwrap.shorten(row[key], 44, placeholder="...") for key in ("name", "caption"))
-        axes[0].set_title("\n".join(words), fontsize=9)
+        words = (textwrap.shorten(encodable(row[key], "utf-8"), 44, placeholder="...") for key in ("name", "caption"))
+        axes[0].set_title("\n".join(words), fontsize=9, parse_math=False)  # a file may be named a$x_$b.jpg, in any encoding
         grey = row["photo"].mean(-1)
         for panel, kind, name in ((axes[1], "rollout", "attention rollout"), (axes[2], "last", "last layer")):
             heat = row[kind] * row[kind].size  # 1: what every patch would get from uniform attention

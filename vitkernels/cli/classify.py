@@ -119,7 +119,7 @@ def show(document: dict[str, Any]) -> None:
         table.add_column("name")
         for entry in photo["top"]:
             table.add_row(f"{entry['probability']:.2%}", str(entry["class"]), entry["name"])
-        out.print(photo["photo"], soft_wrap=True, markup=False)
+        out.print(photo["photo"], soft_wrap=True)
         out.print(table)
         out.print(f"largest difference of the logits to the unfused model: {photo['max_abs_diff']:.1e}")
     out.print(f"{document['model']} ({document['weights']}) on {document['device']}, {document['classes']} classes")
