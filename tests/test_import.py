@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 NURSERY = """
 import json, os, sys, traceback
@@ -48,12 +49,21 @@ SUBMODULE = "from vitkernels.fuse import FusionReport; import vitkernels; assert
 BACKEND = "import vitkernels; print(vitkernels._select.policy())"
 CALL = "import torch, vitkernels; vitkernels.ops.layer_norm(torch.ones(2, 8))"
 COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(['info']))"
+STRIPPED = """
+from importlib import metadata
+def version(name):
+    raise metadata.PackageNotFoundError(name)
+metadata.version = metadata.distribution = version
+import vitkernels
+print(vitkernels._env.ADDMM_COPIES)
+"""
 PROBES = [f"probe {i}" for i in range(8)]
 CASES = [
     *((name, PROBE, {}) for name in PROBES),
     ("public", PUBLIC, {}),
     ("submodule", SUBMODULE, {}),
     *((name, BACKEND, {"VITKERNELS_BACKEND": name}) for name in ("reference", "fused", "auto")),
+    ("stripped", STRIPPED, {}),
     ("empty", BACKEND, {"VITKERNELS_BACKEND": ""}),
     ("call", CALL, {"VITKERNELS_BACKEND": "fast"}),
     ("command", COMMAND, {"VITKERNELS_BACKEND": "fast"}),
@@ -88,6 +98,12 @@ def test_public_names_resolve_lazily(ran):
 
 def test_importing_a_submodule_first_does_not_hide_the_function_of_that_name(ran):
     assert ran["submodule"].returncode == 0, ran["submodule"].stderr
+
+
+def test_importing_needs_no_metadata_of_pytorchs_distribution(ran):
+    """Frozen and stripped installations have none."""
+    assert ran["stripped"].returncode == 0, ran["stripped"].stderr
+    assert ran["stripped"].stdout.strip() == str(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15))
 
 
 @pytest.mark.parametrize("name", ["reference", "fused", "auto"])

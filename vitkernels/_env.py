@@ -14,10 +14,11 @@ import logging
 import os
 import shutil
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 BACKENDS = ("auto", "fused", "reference")
 
@@ -33,7 +34,7 @@ def _version(text: str) -> tuple[int, int]:
 
 # CUDA's addmm(matrix, a, b) copied the matrix into the result first, 2 units of a residual stream, until it could give both to
 # cuBLASLt (https://github.com/pytorch/pytorch/pull/191706). By the symbols of libtorch_cuda 2.11 copies and 2.15 does not.
-ADDMM_COPIES = _version(metadata.version("torch")) < (2, 15)
+ADDMM_COPIES = _version(torch.__version__) < (2, 15)
 
 
 def default_backend() -> str:
