@@ -57,7 +57,7 @@ def resample_pos_embed_many(
     """Equations (1) and (2) for each size. See ``vitkernels.ops.resample_pos_embed_many``."""
     arguments = (posemb, list(sizes), grid_of(posemb, old_size, num_prefix_tokens), num_prefix_tokens)
     rows = copies(*arguments, interpolation, antialias, align_corners, preserve_aspect_ratio, pad_to)
-    return rows if pad_to is None else rows.reshape(len(sizes), pad_to, -1)
+    return rows if pad_to is None else rows.reshape(len(sizes), pad_to, posemb.shape[-1])
 
 
 def copies(
