@@ -326,18 +326,19 @@ def test_compile_sees_a_replaced_layer():
 
 
 REPLACED_ON_AN_INSTANCE = [
-    *((f"blocks.1.{name}", "forward") for name in ("attn", "mlp", "norm1", "attn.qkv", "attn.q_norm", "ls1", "mlp.act")),
-    ("blocks.1", "forward"),
-    ("patch_embed", "forward"),
-    ("patch_embed.proj", "forward"),
-    ("patch_embed.proj", "_conv_forward"),
-    ("", "_pos_embed"),
+    *((f"blocks.1.{name}", "forward", False) for name in ("attn", "mlp", "norm1", "attn.qkv", "attn.q_norm", "ls1", "mlp.act")),
+    ("blocks.1.attn", "forward", True),
+    ("blocks.1", "forward", False),
+    ("blocks.1", "forward", True),
+    ("patch_embed", "forward", False),
+    ("patch_embed.proj", "forward", False),
+    ("patch_embed.proj", "_conv_forward", False),
+    ("", "_pos_embed", False),
 ]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize(("path", "name"), REPLACED_ON_AN_INSTANCE)
+@pytest.mark.parametrize(("path", "name", "inference"), REPLACED_ON_AN_INSTANCE)
 def test_compile_sees_a_method_replaced_on_an_instance(path, name, inference):
     stock, fused = stock_and_fused(init_values=0.1, qk_norm=True)
     vitkernels.fuse(fused, inference=inference)

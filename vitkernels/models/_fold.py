@@ -17,7 +17,7 @@ import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from .. import _select
+from ..ops import _availability
 from ..ops.folded_linear import Folded, fold_norm
 from ..ops.linear import compute_dtype
 from . import _guard
@@ -161,7 +161,7 @@ def current(block: nn.Module) -> FoldedBlock | None:
     return copies.block
 
 
-@_select.run_by_dynamo
+@_availability.run_by_dynamo
 def _is_up_to_date(key: int) -> bool:
     """Has the block of this id copies of its parameters as they are now, perhaps made here?"""
     block = _BLOCKS.get(key)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .. import _select
+from ..ops import _availability
 
 Parts = tuple[tuple[str, tuple[type, ...]], ...]  # (child's name, accepted classes)
 # (class or module, name of a function, that function, its code). No function: it is replaced already; no code: it is C++.
@@ -96,7 +96,7 @@ def has_own(module: nn.Module, *names: str) -> bool:
 
 def acts(*inputs: Any) -> bool:
     """Is one of these a tensor subclass that has to see each function of PyTorch that timm calls?"""
-    return any(isinstance(x, Tensor) and _select.acts(x) for x in inputs)
+    return any(isinstance(x, Tensor) and _availability.acts(x) for x in inputs)
 
 
 def example(module: nn.Module, x: Any) -> Any:
@@ -151,7 +151,7 @@ def tensors(module: nn.Module) -> list[Tensor]:
 def plain(tensors: Iterable[Tensor | None]) -> bool:
     """No subclass that acts on its own terms, no sparse tensor, and no number in the place of a tensor."""
     for t in tensors:
-        if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided or _select.acts(t)):
+        if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided or _availability.acts(t)):
             return False
     return True
 
@@ -203,6 +203,7 @@ def patched(functions: Shipped) -> list[str]:
     ]
 
 
+@_availability.run_by_dynamo  # which cannot read code
 def _as_defined(owner: Any, name: str, code: CodeType | None) -> bool:
     """Is ``owner.name`` the function that the source of its class or module defines under this name?"""
     definer = next(cls for cls in owner.__mro__ if name in cls.__dict__) if isinstance(owner, type) else owner
@@ -220,9 +221,6 @@ def _as_defined(owner: Any, name: str, code: CodeType | None) -> bool:
     if isinstance(owner, type):
         return source == definer.__module__ and function.__code__.co_qualname == f"{definer.__qualname__}.{name}"
     return _package(source) == _package(owner.__name__) and function.__code__.co_qualname == name
-
-
-_as_defined._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo cannot read code; as _select._architecture
 
 
 def _unwrapped(function: Any) -> Any:
