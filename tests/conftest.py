@@ -35,8 +35,8 @@ def pytest_cmdline_main(config):
         config.option.numprocesses = min(4, os.cpu_count() or 1)
 
 
-# Each compiles first what all of its tests look at.
-COMPILED_ONCE = ("test_import.py", "test_inspect.py", "test_linear_aot.py", "test_pos_embed_source.py")
+# Each compiles or runs first what all of its tests look at.
+MADE_ONCE = ("test_benchmarks.py", "test_import.py", "test_inspect.py", "test_linear_aot.py", "test_pos_embed_source.py")
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
@@ -49,7 +49,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, _ = nodeid.partition("::")
-            return file if file.endswith(COMPILED_ONCE) else nodeid
+            return file if file.endswith(MADE_ONCE) else nodeid
 
     return Scheduling(config, log)
 
