@@ -219,7 +219,7 @@ def test_a_result_without_gradients_can_be_added_to_with_gradients(name, plan):
     assert term.grad == sum(t.numel() for t in outputs)
 
 
-# Second derivatives.
+# What is kept for backward, and what requires grad.
 
 
 def _refilled(x: Tensor) -> Tensor:
@@ -291,6 +291,9 @@ def test_the_stream_of_add_layer_norm_requires_grad_where_something_in_it_is_tra
     assert stream.requires_grad == (trained in ("x", "residual", "layer_scale"))
     y.sum().backward()
     assert arguments[trained].grad is not None
+
+
+# Second derivatives.
 
 
 @every_case

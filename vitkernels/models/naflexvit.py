@@ -147,8 +147,6 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             reasons.append(f"position embeddings are {self.pos_embed_type}, not learned")
         elif own := _guard.why_not_own(self, "pos_embed"):
             reasons += own
-        elif not _guard.plain([positions]):
-            reasons.append("pos_embed is a tensor subclass")
         elif positions.dim() != 4 or positions.shape[0] != 1:
             reasons.append(f"pos_embed has shape {tuple(positions.shape)}, not (1, h, w, D)")
         aligned = _option(self, "pos_embed_align_corners", False)
