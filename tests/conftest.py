@@ -1,6 +1,7 @@
 """The suite's process: the interpreter is on and made faithful before anything imports Triton, and numpy runs one thread."""
 
 import contextlib
+import gc
 import os
 
 # The interpreter works on many small numpy arrays; threads only cost. Must be set before numpy and torch load.
@@ -33,6 +34,11 @@ def pytest_cmdline_main(config):
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     if everything and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses = min(4, os.cpu_count() or 1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays to the end: the garbage collector, which comes often here, need not look through it."""
+    gc.freeze()
 
 
 # Each compiles or runs first what all of its tests look at.
