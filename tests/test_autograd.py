@@ -280,6 +280,23 @@ def test_a_layer_of_frozen_weights_lets_its_input_be_changed():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_case
+def test_a_gradient_is_the_same_whatever_else_needs_one(name, dtype):
+    leaves = draw(name)
+
+    def slopes(needed: list[Tensor]) -> list[Tensor]:
+        for t in leaves:
+            t.requires_grad_(any(t is other for other in needed))
+        with kernels("cublas"), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            outputs = [t for t in call(name, leaves) if t.requires_grad]
+        return list(torch.autograd.grad(sum(t.float().square().sum() for t in outputs), needed))
+
+    for leaf, want in zip(leaves, slopes(leaves), strict=True):
+        (alone,) = slopes([leaf])
+        torch.testing.assert_close(alone, want, rtol=0.02, atol=0.02 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("trained", ["x", "residual", "weight", "bias", "layer_scale"])
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_the_stream_of_add_layer_norm_requires_grad_where_something_in_it_is_trained(backend, trained):

@@ -346,13 +346,15 @@ def test_uint8_statistics_move_and_keep_their_bits(change):
     assert stem._vk_pixel_statistics.is_meta or torch.equal(stem._vk_pixel_statistics, expected)
 
 
-@pytest.mark.parametrize("assign", [True, False])
-def test_a_model_fused_on_meta_takes_uint8_when_it_is_loaded(assign):
+@pytest.mark.parametrize("how", ["assign", "assign, then to", "to_empty"])
+def test_a_model_fused_on_meta_takes_uint8_when_it_is_loaded(how):
     stock, fused = with_statistics()
     empty = vk.fuse(copy.deepcopy(stock).to("meta"), input="uint8")
-    if not assign:
+    if how == "to_empty":
         empty.to_empty(device="cpu")
-    empty.load_state_dict(stock.state_dict(), assign=assign)
+    empty.load_state_dict(stock.state_dict(), assign=how != "to_empty")
+    if how == "assign, then to":
+        empty.to("cpu")
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(empty(pixels), fused(pixels))
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.export import Dim
 
 import vitkernels
+from vitkernels import _select
 from vitkernels.ops import _availability
 
 LEAVES_TO_PYTORCH = _availability.leaves_to_pytorch
@@ -72,6 +73,26 @@ def test_a_reference_converts_to_onnx_with_dynamic_sizes_as_far_as_timms():
             except Exception as error:  # onnx may not be installed, which the last step needs
                 errors.append(str(error))
     assert errors[1] == errors[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{}, {"inference": True}, {"recompute": "mlp"}], ids=["plain", "inference", "recompute"])
+def test_what_torch_jit_trace_and_onnx_take_along_from_a_gpu_is_timms(settings, monkeypatch):
+    """PyTorch cannot save a trace of our kernels, and finds it another one when its check traces again without gradients."""
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    stock, fused = stock_and_fused(init_values=0.1)
+    vitkernels.fuse(fused, **settings)
+    x, other = images(), images()
+    with _select.targeting("sm_90"):
+        traced = torch.jit.trace(fused, x)
+        torch.jit.save(traced, io.BytesIO())
+        assert counted(fused, x)[1] == 2
+        monkeypatch.setattr("torch.compiler._is_exporting_flag", True)
+        monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
+        recorded, ran = counted(fused, x)
+    assert ran == (2 if "recompute" in settings else 0)  # a promise to save memory is kept, by PyTorch's operators
+    assert torch.equal(traced(other), stock(other))
+    assert torch.equal(recorded, stock(x))
 
 
 # TorchScript, deprecated by torch and used by timm's users.

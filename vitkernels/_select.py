@@ -1,6 +1,7 @@
 """Backend policy: which implementation a public function runs, and why not the kernel.
 
-``auto``       the kernel on a GPU that it supports, else the PyTorch reference (logged once per reason, shown by ``explain``)
+``auto``       the kernel on a GPU that it supports, else the PyTorch reference (logged once per reason, shown by ``explain``);
+               no kernel while ``torch.jit.trace`` or ``torch.onnx.export`` looks on
 ``fused``      the kernel, or ``RuntimeError`` with the reasons; on a CPU only under ``TRITON_INTERPRET=1``
                (operators of the extension, which has CPU kernels, run them on a CPU under ``auto`` too, but not in a program
                that ``torch.export``, ``torch.jit.trace`` or ``make_fx`` records: it may run where vitkernels is not installed)
@@ -118,6 +119,16 @@ def target(x: Tensor) -> str | None:
     return _architecture(x.get_device())
 
 
+def takes_kernels(x: Tensor) -> bool:
+    """Does ``auto`` run kernels on ``x``? It is on an NVIDIA GPU, and not traced for a program that could not hold them.
+
+    ``torch.jit.trace`` cannot save them, and no ONNX runtime knows them. What ``torch.export`` makes is loaded by Python.
+    """
+    if target(x) is None or torch.jit.is_tracing():
+        return False
+    return not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+
+
 def run_by_dynamo(function: _Function) -> _Function:
     """Decorator for what Dynamo cannot trace: while compiling it runs the function and takes the result as a constant.
 
@@ -148,7 +159,7 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         ValueError: ``VITKERNELS_BACKEND`` names no policy.
     """
     backend = policy()
-    if backend == "reference" or (backend == "auto" and target(x) is None and not (has_cpu_kernel and x.is_cpu)):
+    if backend == "reference" or (backend == "auto" and not takes_kernels(x) and not (has_cpu_kernel and x.is_cpu)):
         return False
     _env.check_backend(backend)
     reasons = why_not()

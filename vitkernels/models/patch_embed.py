@@ -78,7 +78,7 @@ class FusedPatchEmbed(PatchEmbed):
 
     def _apply(self, fn, recurse=True):
         """``model.bfloat16()`` rounds every buffer and ``to_empty`` leaves it unwritten; mean and std are only moved."""
-        before = self._buffers.get(_STATISTICS)
+        before = self._statistics()
         super()._apply(fn, recurse)
         moved = self._buffers.get(_STATISTICS)
         if moved is not None and moved is not before:

@@ -36,5 +36,5 @@ def availability(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
 
 
 def leaves_to_pytorch(x: object) -> bool:
-    """Will ``auto`` run PyTorch's operators for all of a block's work, since ``x`` is not on an NVIDIA GPU?"""
-    return _select.policy() == "auto" and isinstance(x, torch.Tensor) and _select.target(x) is None
+    """Will ``auto`` run PyTorch's operators for all of a block's work, whatever it is?"""
+    return _select.policy() == "auto" and isinstance(x, torch.Tensor) and not _select.takes_kernels(x)

@@ -165,7 +165,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 # Without an activation LayerScale stays out of the activations, equations (8) to (10), in bfloat16 and float32. In float16 G,
 # which gamma has not made small yet, could overflow, and gamma times a weight vanish: there g is scaled, and dlayer_scale costs
-# one more GEMM for z.
+# one more GEMM for z. The weight's dtype says which; where only the bias is trained, g is dy, in another dtype.
 
 
 def incoming(
@@ -184,7 +184,7 @@ def incoming(
 
 def through_weight(g: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     """dh of a layer without activation."""
-    if layer_scale is not None and g.dtype != torch.float16:
+    if layer_scale is not None and weight.dtype != torch.float16:
         weight = (weight * layer_scale[:, None]).to(weight.dtype)
     return matmul(g, weight)
 
@@ -203,7 +203,7 @@ def parameter_gradients(
     """dweight, dbias and dlayer_scale of a layer without activation, where ``needs`` says so."""
     need_dweight, need_dbias, need_dlayer_scale = needs
     ops = torch.ops.vitkernels
-    if layer_scale is None or g.dtype == torch.float16:
+    if layer_scale is None or weight.dtype == torch.float16:
         dweight = flat(g).t() @ flat(h) if need_dweight else None
         dlayer_scale = None
         if need_dlayer_scale and layer_scale is not None:
