@@ -105,6 +105,20 @@ def protocol(monkeypatch):
     return protocol
 
 
+def test_rounds_can_be_profiled(protocol):
+    """``--benchmark-cprofile`` plays one round more than there are."""
+    clock, times = protocol.ReplayClock(), []
+
+    def pedantic(play, setup, rounds):
+        for _ in range(rounds + 1):
+            setup()
+            play()
+            times.append(clock.now())
+
+    clock.replay(SimpleNamespace(pedantic=pedantic), [2.0, 3.0])
+    assert times[:2] == [2.0, 3.0]
+
+
 def test_what_is_measured_is_interleaved_and_what_fails_is_not(protocol):
     calls = []
 

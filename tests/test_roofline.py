@@ -332,6 +332,24 @@ def test_a_model_that_cannot_be_fused_says_why(capsys, monkeypatch):
     assert vit["fused"]["forward_units_per_block"] == vit["eager"]["forward_units_per_block"]
 
 
+def test_a_kernel_of_the_extension_is_counted(capsys, monkeypatch):
+    """NaFlexVit resamples its positions at every call, and calls its blocks one by one."""
+    monkeypatch.setattr(roofline, "BATCHES", (1,))
+    name, seen = "naflexvit_base_patch16_gap", []
+    add = _ledger._Ledger.add
+
+    def adding(self, name, flops, reads, writes, launched_by=""):
+        seen.append((name, launched_by))
+        add(self, name, flops, reads, writes, launched_by)
+
+    monkeypatch.setattr(_ledger._Ledger, "add", adding)
+    vit = document(capsys, name, "--batch", "1")["models"][name]
+    assert vit["not_fused"] is None
+    assert "folded" in vit["plans"]
+    for way in ("fwd", "bwd"):
+        assert (f"resample_pos_embed_{way}", f"resample_pos_embed_{way}") in seen
+
+
 def test_without_a_name_every_workload_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(roofline, "_model", lambda name, batch, chip: {"name": name})
     assert list(document(capsys)["models"]) == [w.timm_name for w in WORKLOADS]

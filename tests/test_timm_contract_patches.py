@@ -478,6 +478,23 @@ def test_active_dropout_draws_timms_random_stream(rate):
     assert_same_random_stream(stock.train(), fused.train(), images())
 
 
+WITHOUT_PREFIX = {
+    "static": {"class_token": False, "global_pool": "avg"},
+    "dynamic": {"class_token": False, "global_pool": "avg", "dynamic_img_size": True},
+    "uint8": {"class_token": False, "global_pool": "avg"},
+    "NaFlex": {"name": "naflexvit_base_patch16_gap", "img_size": None, "reg_tokens": 0, "embed_proj_type": "conv"},
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_PREFIX)
+def test_dropout_of_tokens_without_prefix_draws_timms_random_stream(case):
+    """timm's convolution leaves these channel by channel in memory, in whose order dropout draws."""
+    stock, fused = stock_and_fused(pos_drop_rate=0.3, **WITHOUT_PREFIX[case])
+    if case == "uint8":
+        vitkernels.fuse(fused, input="uint8")
+    assert_same_random_stream(stock.train(), fused.train(), images(2, (96, 64) if case == "dynamic" else 64))
+
+
 def test_active_drop_path_stays_fused_and_draws_timms_random_stream():
     stock, fused = stock_and_fused(drop_path_rate=0.5, init_values=0.1)
     linears = assert_same_random_stream(stock.train(), fused.train(), images(8))

@@ -299,6 +299,8 @@ def test_a_position_table_of_another_grid_takes_effect_with_dynamic_sizes(shape)
         {"grid_size": (2, 2)},
         {"grid_size": (2, 8)},
         {"patch_size": (8, 8)},
+        {"patch_size": (32, 32)},
+        {"patch_size": (8, 8), "strict_img_size": False},
         {"img_size": (96, 96), "grid_size": (6, 6), "strict_img_size": False},
         {"img_size": (96, 96), "strict_img_size": False},
         {"img_size": None},
@@ -309,8 +311,8 @@ def test_sizes_set_by_hand_take_effect_as_in_timm(sizes, dynamic):
     stock, fused = stock_and_fused(dynamic_img_size=dynamic)
     for model in (stock, fused):
         vars(model.patch_embed).update(sizes)
-    for x in (images(), images(size=96), images(size=(96, 32))):
-        assert_same_or_refused(fused, stock, x)
+    for size in (64, 96, (96, 32), (80, 48), (72, 40)):
+        assert_same_or_refused(fused, stock, images(size=size))
 
 
 def test_a_table_for_larger_images_sees_all_of_them():

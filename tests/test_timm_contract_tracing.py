@@ -90,6 +90,8 @@ def test_what_torch_jit_trace_and_onnx_take_along_from_a_gpu_is_timms(settings, 
         monkeypatch.setattr("torch.compiler._is_exporting_flag", True)
         monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
         recorded, ran = counted(fused, x)
+    with vitkernels.backend("reference"):
+        torch.jit.trace(fused, x)
     assert ran == (2 if "recompute" in settings else 0)  # a promise to save memory is kept, by PyTorch's operators
     assert torch.equal(traced(other), stock(other))
     assert torch.equal(recorded, stock(x))

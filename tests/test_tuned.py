@@ -231,6 +231,13 @@ def test_a_table_that_is_not_whole_is_ignored_with_one_line(folder, caplog, cont
     assert len(caplog.records) == 1
 
 
+def test_a_package_in_a_zip_has_no_table_and_says_nothing(tmp_path, caplog):
+    (tmp_path / "site.zip").touch()
+    with caplog.at_level(logging.INFO, "vitkernels"):
+        assert _tuned.read(tmp_path / "site.zip" / "vitkernels" / "tuned" / "gpu.json") == {}
+    assert not caplog.records
+
+
 def test_names_of_gpus_in_any_script_have_files_of_their_own():
     names = [H100, H200, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "\u6771\u4eac", "\u5927\u962a"]
     files = [_tuned.file_name(name) for name in names]

@@ -127,12 +127,13 @@ def fuse(
             each block also tells the next its output's row statistics, unless one of the two has hooks. On a CPU under ``auto``
             nothing uses the copies: blocks run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
-            them (one of ``torch.fx`` does: it runs on the parameters), and nobody sees writes that PyTorch does not count:
-            through ``parameter.data``, NumPy or DLPack, by optimizers with ``fused=True``, ``torch.distributed``'s collectives
-            or another process, or to parameters made under ``inference_mode``.
+            them (those of ``torch.fx`` and ``torch.jit.trace`` do: they run on the parameters), and nobody sees writes that
+            PyTorch does not count: through ``parameter.data`` (as PEFT merges), NumPy or DLPack, by optimizers with
+            ``fused=True``, ``torch.distributed``'s collectives or another process, or to parameters made under
+            ``inference_mode``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
-            In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, lose
-            accuracy.
+            In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, and
+            LayerNorms of weights below 0.001 lose accuracy.
         input: ``"uint8"``: the model takes images of pixels 0 to 255 too, (B, C, H, W) or a channels_last view of (B, H, W, C),
             and normalises them with the ``mean`` and ``std`` of its ``pretrained_cfg``. Float images are normalised ones, as
             ever. Nothing of it is in the state dict; the last ``fuse`` or ``unfuse`` counts. ``torch.jit.trace`` keeps it;

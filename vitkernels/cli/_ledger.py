@@ -118,7 +118,7 @@ class _Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         if func.namespace == "vitkernels":
-            return self._launches(name, args, kwargs)
+            return self._launches(func, name, args, kwargs)
         with self:  # what a launcher calls arrives here before PyTorch has taken it apart
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
@@ -140,8 +140,14 @@ class _Ledger(TorchDispatchMode):
             self.add(name, _flops(func, args, kwargs, out), reads, [*changed, *fresh])
         return out
 
-    def _launches(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _launches(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         from ..kernels import _recorder  # imports Triton
+
+        launcher = _recorder.launcher(name)
+        if launcher is None:  # one kernel of the extension
+            out = func(*args, **kwargs)
+            self.add(name, 0, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], [out], launched_by=name)
+            return out
 
         def launch(kernel: str, reads: list[Tensor], writes: list[Tensor], flops: int) -> None:
             self.add(kernel.strip("_").removesuffix("_kernel"), flops, reads, writes, launched_by=name)
@@ -150,7 +156,7 @@ class _Ledger(TorchDispatchMode):
         before, self.launched_by = self.launched_by, name
         try:
             with _recorder.recording(launch, self._chip.multiprocessors, architecture), self:
-                return _recorder.launcher(name)(*args, **kwargs)
+                return launcher(*args, **kwargs)
         finally:
             self.launched_by = before
 

@@ -146,7 +146,8 @@ def _folded(fused: nn.Module, name: str, batch: int, unit: int, chip: Chip, trit
     fuse(fused, inference=True)
     try:
         block = next(m for m in fused.modules() if _looks_like_a_block(m))
-        told = any(isinstance(m, FusedBlocks) and block in m.children() for m in fused.modules())
+        in_sequence = any(isinstance(m, FusedBlocks) and block in m.children() for m in fused.modules())
+        told = in_sequence and len(args) == 1 and not kwargs  # NaFlexVit calls each block itself
         with _select.planning("triton"):
             forward = _ledger.count(InnerBlock(block) if told else block, args, kwargs, chip)
             whole = _forward(fused, batch, chip)

@@ -29,9 +29,10 @@ def modules() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{__package__}.{name}") for name in names}
 
 
-def launcher(name: str) -> Callable[..., Any]:
-    """``launch_<name>``, of whichever kernel file has it."""
-    return next(getattr(module, f"launch_{name}") for module in modules().values() if hasattr(module, f"launch_{name}"))
+def launcher(name: str) -> Callable[..., Any] | None:
+    """``launch_<name>``, of whichever kernel file has it; None for an operator of the extension."""
+    found = (getattr(module, f"launch_{name}", None) for module in modules().values())
+    return next((launch for launch in found if launch is not None), None)
 
 
 class _Recorded:

@@ -114,7 +114,7 @@ def read(path: Path) -> dict[str, Any]:
     """A table file; empty if there is none or, with a warning, if it is not one of this format."""
     try:
         table = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where the package is imported from a zip
         return {}
     except (OSError, ValueError, RecursionError) as error:
         _ignore(path, str(error))

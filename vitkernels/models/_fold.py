@@ -143,7 +143,8 @@ def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
     compiling = torch.compiler.is_compiling()
     # While compiling before anything reads the copies: Dynamo would not read them again.
-    if torch.is_grad_enabled() or (compiling and not _is_up_to_date(id(block))):
+    # A trace is made twice, with gradients and, for PyTorch's check, without.
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or (compiling and not _is_up_to_date(id(block))):
         return None
     copies = block._vk_folded
     if copies is not None and copies.block is None:

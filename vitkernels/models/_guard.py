@@ -156,6 +156,13 @@ def plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def active_dropout(path: str, module: nn.Module | None) -> list[str]:
+    """A reason if ``module``, found under this name, is a dropout that drops."""
+    if module is None or type(module) is not nn.Dropout:
+        return []
+    return [f"{path} is active"] if module.training and module.p > 0.0 else []
+
+
 def _describe(child: nn.Module | None) -> str:
     return "missing" if child is None else f"a {type(child).__module__.partition('.')[0]} {type(child).__name__}"
 

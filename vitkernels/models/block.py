@@ -168,7 +168,7 @@ class FusedBlock(Block):
         if type(feed_forward) is Mlp:
             reasons += _guard.children(feed_forward, "mlp.", _MLP_PARTS)
             for name in ("drop1", "drop2"):
-                reasons += _dropout(f"mlp.{name}", feed_forward._modules.get(name))
+                reasons += _guard.active_dropout(f"mlp.{name}", feed_forward._modules.get(name))
             act = feed_forward._modules.get("act")
             if type(act) is nn.GELU and act.approximate not in ("none", "tanh"):
                 reasons.append(f"mlp.act approximates by {act.approximate!r}")
@@ -286,13 +286,7 @@ def _attention_state(attn: nn.Module) -> list[str]:
     attn_drop, proj_drop = attn._modules.get("attn_drop"), attn._modules.get("proj_drop")
     if attn.training and getattr(attn_drop, "p", 0.0) > 0.0:  # timm gives p to attention by the state of attn
         reasons.append("attn.attn_drop is active")
-    return reasons + _dropout("attn.proj_drop", proj_drop)
-
-
-def _dropout(path: str, module: nn.Module | None) -> list[str]:
-    if module is None or type(module) is not nn.Dropout:
-        return []
-    return [f"{path} is active"] if module.training and module.p > 0.0 else []
+    return reasons + _guard.active_dropout("attn.proj_drop", proj_drop)
 
 
 def _draw(drop_path: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:

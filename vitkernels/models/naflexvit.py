@@ -126,6 +126,8 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
         reasons += _guard.children(self, "", _PARTS)
         if self.norm_input is not None:
             reasons.append("norm_input comes before proj")
+        if type(self.proj) is nn.Conv2d and self.cls_token is None and self.reg_token is None:
+            reasons += _guard.active_dropout("pos_drop", self.pos_drop)  # in the order of memory: see FusedVisionTransformer
         return reasons or self._why_not_of_shape()  # weights that ZeRO-3 gathers for hooks have no shape outside of these
 
     def why_not(self) -> list[str]:

@@ -51,13 +51,17 @@ class FusedPatchEmbed(PatchEmbed):
         # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
         traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
         if traced or args or kwargs or _guard.acts(x) or self.why_not():
-            statistics = self._statistics()
-            pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
-            return super().forward(pixels, *args, **kwargs)
+            return self._vk_timms(x, *args, **kwargs)
         tokens = self._vk_embed(x, None, None, True)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.grid_of(x))
         return self.norm(tokens)
+
+    def _vk_timms(self, x, *args, **kwargs):
+        """timm's forward, which takes uint8 images too where ours does."""
+        statistics = self._statistics()
+        pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
+        return super().forward(pixels, *args, **kwargs)
 
     def _vk_embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
         """images (B, C, H, W) -> (B, P + Gh*Gw, D), the arguments being those of ``vitkernels.ops.patch_embed``."""
@@ -110,6 +114,9 @@ class FusedPatchEmbed(PatchEmbed):
         proj = self._modules.get("proj")
         if type(proj) is nn.Conv2d:
             reasons += why_not_plain(proj)
+            patch = tuple(_guard.attribute(proj, "weight").shape[2:])
+            if not self.strict_img_size and self.patch_size != patch:
+                reasons.append(f"images are to divide into patches of {self.patch_size}, and proj takes {patch}")
         if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
             reasons.append(f"output format {self.output_fmt} is not tokens-major")
         if self.img_size is None:
@@ -230,6 +237,9 @@ class FusedVisionTransformer(FusedPositions):
         """images (B, C, H, W) -> (B, P + Gh*Gw, D): timm's ``patch_embed`` and ``_pos_embed``."""
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
         positions, stem = self.pos_embed, self.patch_embed
+        if positions is not None and not prefix and _guard.active_dropout("pos_drop", self.pos_drop):
+            # Dropout draws in the order of memory, and timm's convolution leaves its tokens channel by channel there.
+            return VisionTransformer._pos_embed(self, stem._vk_timms(x))
         if positions is not None and self.dynamic_img_size:
             num_positioned = 0 if self.no_embed_class else self.num_prefix_tokens
             (height, width), (old_height, old_width) = stem.grid_of(x), stem.grid_size
