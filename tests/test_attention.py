@@ -420,6 +420,14 @@ def test_the_gradient_of_a_fused_block_reaches_qkv_in_one_piece(any_size):
     assert after[0] in ("mm", "addmm"), f"qkv's products follow at once, not {after[0]}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_without_data_gives_the_shape(dtype):
+    with torch.device("meta"):
+        q, mask = torch.empty(2, 5, 2, 8, dtype=torch.bfloat16), torch.empty(2, 1, 1, 5, dtype=dtype)
+        assert vk.ops.attention(q, q, q, bias=mask).shape == q.shape
+        assert vk.ops.attention_qkv(torch.stack([q] * 3, 2), bias=mask).shape == q.shape
+
+
 def test_attention_pooling_runs_the_kernel_without_copies_of_keys_and_values(any_size):
     with torch.device("meta"):
         pool = timm.layers.AttentionPoolLatent(64, num_heads=2, mlp_ratio=2).bfloat16()

@@ -329,6 +329,12 @@ def test_a_report_has_only_characters_that_standard_output_has(monkeypatch, enco
     print(vk.explain(model), flush=True)
 
 
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_report_is_plain_text_where_terminals_are_promised_colours(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert "\x1b" not in str(vk.explain(vk.fuse(small())))
+
+
 @pytest.mark.parametrize(
     "stream", [None, io.StringIO(), types.SimpleNamespace(write=len)], ids=["none", "memory", "write only"]
 )

@@ -158,12 +158,23 @@ def test_weight_and_bias_are_optional(which):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_input_takes_float32_parameters(dtype):
     inputs = [hostile_rows(5, 192, dtype=dtype), *parameters(192, torch.float32)]
+    assert_matches_reference(kernel_layer_norm, vk.reference.layer_norm, inputs, [torch.randn(5, 192)])
 
-    def reference(x, weight, bias):
-        wide = x.to(weight.dtype) if ON_GPU else x  # PyTorch's own kernel takes parameters of another dtype on a CPU only
-        return vk.reference.layer_norm(wide, weight, bias).to(x.dtype)
 
-    assert_matches_reference(kernel_layer_norm, reference, inputs, [torch.randn(5, 192)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_gives_pytorchs_operator_one_dtype(monkeypatch, dtype):
+    """Which on a GPU takes no other; that of a CPU does."""
+    x, (weight, bias) = torch.randn(3, 48).to(dtype), parameters(48)
+    expected = torch.nn.functional.layer_norm(x, (48,), weight, bias, 1e-6)
+    seen, stock = set(), torch.nn.functional.layer_norm
+
+    def watched(x, shape, weight, bias, eps):
+        seen.update(t.dtype for t in (x, weight, bias))
+        return stock(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr("torch.nn.functional.layer_norm", watched)
+    assert torch.equal(vk.reference.layer_norm(x, weight, bias), expected)
+    assert seen == {torch.float32}
 
 
 def test_float32_residual_takes_a_bfloat16_branch_and_keeps_the_stream_in_float32():

@@ -359,6 +359,22 @@ def test_a_model_fused_on_meta_takes_uint8_when_it_is_loaded(how):
     assert torch.equal(empty(pixels), fused(pixels))
 
 
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_a_model_that_was_fused_and_evaluated_under_inference_mode_can_be_trained(stem_kernel, on_meta):
+    stock, _ = with_statistics()
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    fused = copy.deepcopy(stock).to("meta" if on_meta else "cpu")
+    with torch.inference_mode():
+        vk.fuse(fused, input="uint8")
+    if on_meta:
+        fused.load_state_dict(copy.deepcopy(stock.state_dict()), assign=True)
+        fused.requires_grad_()
+        with torch.inference_mode():
+            fused(pixels)
+    fused(pixels).sum().backward()
+    assert fused.patch_embed.proj.weight.grad is not None
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace on itself and on checks of shapes
 @pytest.mark.parametrize("change", [lambda m: None, patch_norm], ids=["fused", "timm's"])
 def test_a_trace_takes_uint8(change):

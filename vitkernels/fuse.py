@@ -82,7 +82,7 @@ class FusionReport:
         # A string does not know where it will be written; standard output is where print(report) writes it.
         text = io.StringIO()
         stream = cast(IO[str], Encodable(text, encoding_of(sys.stdout)))
-        console = Console(file=stream, width=120, force_jupyter=False)
+        console = Console(file=stream, width=120, force_jupyter=False, force_terminal=False)
         console.print(modules, *([self.note] if self.note else []), operators)
         return text.getvalue()
 

@@ -148,8 +148,9 @@ def set_pixel_statistics(stem: FusedPatchEmbed, mean: Sequence[float], std: Sequ
 
 
 def _mean_and_std(stem: FusedPatchEmbed, device: torch.device) -> Tensor:
-    """The buffer, (2, C), of the numbers that ``stem`` keeps."""
-    return torch.tensor(stem._vk_mean_and_std, dtype=torch.float32, device=device)
+    """The buffer, (2, C), of the numbers that ``stem`` keeps; an inference tensor could not be saved for backward."""
+    with torch.inference_mode(False):
+        return torch.tensor(stem._vk_mean_and_std, dtype=torch.float32, device=device)
 
 
 def takes_uint8(module: nn.Module) -> bool:

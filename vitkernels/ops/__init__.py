@@ -1,6 +1,7 @@
 """The public operators: validation, the choice between kernel and reference, autograd.
 
-Every function here is a leaf for ``torch.fx`` and traces through ``torch.compile(fullgraph=True)`` and ``torch.export``.
+Every function here is a leaf for ``torch.fx`` and traces through ``torch.compile(fullgraph=True)`` and ``torch.export``; with
+``cu_seqlens`` only where the kernel runs, since PyTorch's operators need the lengths as numbers.
 """
 
 import torch.fx

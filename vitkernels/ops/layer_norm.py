@@ -289,7 +289,7 @@ def add_layer_norm(
 
     Returns:
         ``LN(stream)`` and ``stream``, both (..., D). The stream has the promoted dtype of ``x`` and ``residual`` (and
-        ``layer_scale``), rounded once; its normalisation reads the rounded stream.
+        ``layer_scale``), which the kernel rounds once; its normalisation reads the rounded stream.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.

@@ -49,9 +49,9 @@ def _accepted(bias: Tensor | None, q: Tensor) -> Tensor | None:
         return None
     if bias.dim() < 2:
         bias = bias.reshape(1, -1)
-    dtype, cast = q.dtype, torch.is_autocast_enabled(q.device.type)
-    if bias.dtype in (torch.bool, dtype):
+    if bias.dtype in (torch.bool, q.dtype):
         return bias
+    dtype, cast = q.dtype, not q.is_meta and torch.is_autocast_enabled(q.device.type)
     if cast and dtype != torch.float64:
         if bias.dtype != torch.float64:
             return bias  # autocast casts all but float64

@@ -16,6 +16,7 @@ Backward, from dy and (for add_layer_norm) the gradient ds that reaches the stre
     (9)  dresidual = ds,   dx = layer_scale * ds,   dlayer_scale = sum over rows of ds * x
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +24,13 @@ from torch import Tensor
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Equations (2) to (5). See ``vitkernels.ops.layer_norm``."""
     # To converters of traced programs (ONNX) the weight's shape is a constant, as in PyTorch's module, and that of x is not.
-    return F.layer_norm(x, x.shape[-1:] if weight is None else weight.shape, weight, bias, eps)
+    shape = x.shape[-1:] if weight is None else weight.shape
+    mixed = (weight is not None and weight.dtype != x.dtype) or (bias is not None and bias.dtype != x.dtype)
+    if mixed and x.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled():
+        # PyTorch's operator on a GPU takes one dtype; its autocast, which this asks for, would see to that.
+        weight, bias = None if weight is None else weight.float(), None if bias is None else bias.float()
+        return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def add_layer_norm(
