@@ -494,6 +494,31 @@ def test_what_changes_twice_between_calls_folds_again_though_its_memory_is_reuse
     assert uses_folded(model)
 
 
+def transposed(block):
+    block.attn.proj.weight = nn.Parameter(block.attn.proj.weight.data.t())
+
+
+def pruned(block):
+    """Of the MLP's neurons the first three quarters."""
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    kept = fc1.out_features * 3 // 4
+    fc1.weight, fc1.bias = nn.Parameter(fc1.weight.data[:kept]), nn.Parameter(fc1.bias.data[:kept])
+    fc2.weight = nn.Parameter(fc2.weight.data[:, :kept])
+
+
+@on_a_cpu
+@pytest.mark.parametrize("change", [transposed, pruned])
+def test_a_new_parameter_that_is_a_view_of_the_old_ones_memory_folds_again(change):
+    stock, model = folded(init_values=0.1)
+    for network in (stock, model):  # parameters that nobody has written to, as loaded from safetensors
+        network.load_state_dict({name: t.clone() for name, t in network.state_dict().items()}, assign=True)
+    assert_follows(model, stock)
+    for network in (stock, model):
+        change(network.blocks[1])
+    assert_follows(model, stock)
+    assert uses_folded(model)
+
+
 @on_a_cpu
 @pytest.mark.parametrize("path", ["ls2.gamma", "mlp.fc2.weight", "attn.proj.bias"])
 def test_a_weight_that_is_a_buffer_is_followed(path):
@@ -662,6 +687,27 @@ def test_a_graph_that_is_made_after_parameters_changed_has_the_new_ones(change, 
         got = program(IMAGES)
         assert not torch.allclose(got, before, atol=1e-2, rtol=1e-2)
         torch.testing.assert_close(got, model(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+@on_a_cpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_that_are_compiled_one_by_one_share_a_graph(dtype):
+    """Dynamo allows eight for one piece of code, and a ViT has twelve blocks."""
+    _, model = folded(init_values=0.1)
+    model.to(dtype)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        expected = model(IMAGES.to(dtype))
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+        torch.testing.assert_close(model(IMAGES.to(dtype)), expected)
+    assert len(graphs) == 1
 
 
 @on_a_cpu

@@ -26,6 +26,9 @@ _WITH_NORM = (("qkv", "norm1"), ("fc1", "norm2"))
 _WITH_SCALE = (("proj", "ls1"), ("fc2", "ls2"))
 
 
+State = list[tuple[int, int, torch.Size, tuple[int, ...]]]  # of tensors: address, number of writes, shape, strides
+
+
 class FoldedBlock(NamedTuple):
     """What a block multiplies with, each None where nothing is folded. proj, fc2: weight and bias with LayerScale in them."""
 
@@ -36,13 +39,13 @@ class FoldedBlock(NamedTuple):
 
 
 class Copies:
-    """The copies, and what they were made from: where each parameter lay, and how often it was written.
+    """The copies, and what they were made from: where and how each parameter lay, and how often it was written.
 
     ``block`` is None where nothing folds. That memory is kept: a new parameter must not come to lie there. A copied or
     unpickled block folds again.
     """
 
-    def __init__(self, block: FoldedBlock | None, state: list[tuple[int, int]] | None, memory: list[Tensor]) -> None:
+    def __init__(self, block: FoldedBlock | None, state: State | None, memory: list[Tensor]) -> None:
         self.block, self.state, self.memory = block, state, memory
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -127,26 +130,29 @@ def drop(block: nn.Module) -> None:
     block.__dict__.pop("_vk_folded", None)
 
 
-def _state(tensors: list[Tensor]) -> list[tuple[int, int]] | None:
-    """Where each lies and how often it was written; None where that cannot be read."""
+def _state(tensors: list[Tensor]) -> State | None:
+    """Where and how each lies, and how often it was written; None where that cannot be read."""
     try:
-        return [(t.data_ptr(), t._version) for t in tensors]
+        return [(t.data_ptr(), t._version, t.shape, t.stride()) for t in tensors]
     except RuntimeError:
         pass
     try:  # tensors of inference_mode count no writes
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors]
     except RuntimeError:  # fake tensors, and those of torch.func
         return None
 
 
 def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    compiling = torch.compiler.is_compiling()
-    # While compiling before anything reads the copies: Dynamo would not read them again.
     # A trace is made twice, with gradients and, for PyTorch's check, without.
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or (compiling and not _is_up_to_date(id(block))):
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
         return None
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        _refresh()  # before anything reads the copies: Dynamo would not read them again
     copies = block._vk_folded
+    if copies is None and compiling:  # the block was copied or unpickled, and not called since; or its parameters are fake
+        return None
     if copies is not None and copies.block is None:
         return None
     weight = _guard.attribute(block._modules["attn"]._modules["qkv"], "weight")  # not the input, which may be FX's proxy
@@ -163,13 +169,18 @@ def current(block: nn.Module) -> FoldedBlock | None:
 
 
 @_availability.run_by_dynamo
-def _is_up_to_date(key: int) -> bool:
-    """Has the block of this id copies of its parameters as they are now, perhaps made here?"""
-    block = _BLOCKS.get(key)
-    state = None if block is None else _state(_parameters(block))
-    if block is None or state is None:  # it was copied or unpickled, and not called since; or its parameters are fake
-        return False
-    copies = block._vk_folded
-    if copies is None or state != copies.state:
-        copies = fold(block)
-    return copies.block is not None
+def _refresh() -> None:
+    """Before a graph is made: every block that has copies gets those of its parameters as they are now.
+
+    It asks for no block in particular: a graph with such a constant in it would serve one block alone.
+    """
+    for reference in _BLOCKS.valuerefs():
+        block = reference()
+        copies = None if block is None else block.__dict__.get("_vk_folded")
+        if block is None or copies is None or block.why_not():
+            continue
+        state = _state(_parameters(block))
+        if state is None:  # its parameters are fake
+            block._vk_folded = None
+        elif state != copies.state:
+            fold(block)
