@@ -711,6 +711,17 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph(dtype):
 
 
 @on_a_cpu
+def test_on_a_gpu_without_triton_a_folded_model_runs_on_pytorchs_operators(monkeypatch):
+    """As on Windows."""
+    stock, model = folded(init_values=0.1)
+    stock.bfloat16(), model.bfloat16()
+    monkeypatch.setattr("vitkernels._env.HAS_TRITON", False)
+    monkeypatch.setitem(sys.modules, "vitkernels.kernels.folded_linear", None)
+    with torch.no_grad(), _select.targeting("sm_90"):
+        torch.testing.assert_close(model(IMAGES.bfloat16()), stock(IMAGES.bfloat16()), atol=0.1, rtol=0.1)
+
+
+@on_a_cpu
 def test_the_folded_model_compiles_to_one_graph():
     """On PyTorch's operators; test_fold_statistics.py has the graphs of ours."""
     _, model = folded(init_values=0.1)

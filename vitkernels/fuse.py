@@ -130,7 +130,8 @@ def fuse(
             them (those of ``torch.fx`` and ``torch.jit.trace`` do: they run on the parameters), and nobody sees writes that
             PyTorch does not count: through ``parameter.data`` (as PEFT merges), NumPy or DLPack, by optimizers with
             ``fused=True``, ``torch.distributed``'s collectives or another process, or to parameters made under
-            ``inference_mode``.
+            ``inference_mode``. A CUDA graph reads the copies that were there when it was captured: capture it again after
+            parameters changed, or were moved, and after ``train()``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
             In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, and
             LayerNorms of weights below 0.001 lose accuracy.

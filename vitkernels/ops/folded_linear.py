@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _select
+from .. import _env, _select
 from ..reference.linear import activate
 from ._register import register
 from .linear import MIN_BYTES, PLANS, compute_dtype, flat, gemm_plan, linear, why_not
@@ -91,6 +91,8 @@ def folds(x: Tensor, folded: Folded, act: str | None) -> bool:
     weight = folded.weight
     # The float32 stream of autocast would be rounded before its mean is subtracted; float32 has no rounding of LN(x) to save.
     if not compute_dtype(x) == x.dtype == weight.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    if not _env.HAS_TRITON:
         return False
     plan, arch = gemm_plan(inference=True), _select.target(x)
     if plan in PLANS or arch is None:
