@@ -6,7 +6,7 @@ parameters. A call compares where the parameters lie and how often they were wri
 ``load_state_dict``, ``.half()``, ``copy_`` or an optimizer's step the copies are made again. They are replaced in whole, by
 one assignment: of the threads that share a model each finds the old set or the new one. What PyTorch counts as no write is
 not seen: in place through ``p.data``, NumPy or DLPack, by another process, to a tensor made under ``inference_mode``. The
-comparison costs 5 us a block; a compiled graph makes it once, when it is traced, so what it needs to see later (``_apply``,
+comparison costs 7 us a block; a compiled graph makes it once, when it is traced, so what it needs to see later (``_apply``,
 ``_load_from_state_dict``, ``train``) is also told by the block.
 """
 

@@ -165,14 +165,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 # Without an activation LayerScale stays out of the activations, equations (8) to (10), in bfloat16 and float32. In float16 G,
 # which gamma has not made small yet, could overflow, and gamma times a weight vanish: there g is scaled, and dlayer_scale costs
-# one more GEMM for z. The weight's dtype says which; where only the bias is trained, g is dy, in another dtype.
+# one more GEMM for z.
+
+
+def gamma_in_g(weight: Tensor) -> bool:
+    """Is it scaled there? The dtype of g itself does not say: where only the bias is trained, g is dy, in another dtype."""
+    return weight.dtype == torch.float16
 
 
 def incoming(
     dy: Tensor, weight: Tensor, layer_scale: Tensor | None, drop_path: Tensor | None, need_sum: bool, need_g: bool = True
 ) -> tuple[Tensor, Tensor]:
     """g and s of a layer without activation. g is ``dy`` itself where nothing changes it."""
-    scale = layer_scale if weight.dtype == torch.float16 else None
+    scale = layer_scale if gamma_in_g(weight) else None
     changed = need_g and (drop_path is not None or scale is not None or dy.dtype != weight.dtype)
     if not changed and not need_sum:
         return dy, dy
@@ -184,7 +189,7 @@ def incoming(
 
 def through_weight(g: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     """dh of a layer without activation."""
-    if layer_scale is not None and weight.dtype != torch.float16:
+    if layer_scale is not None and not gamma_in_g(weight):
         weight = (weight * layer_scale[:, None]).to(weight.dtype)
     return matmul(g, weight)
 
@@ -203,7 +208,7 @@ def parameter_gradients(
     """dweight, dbias and dlayer_scale of a layer without activation, where ``needs`` says so."""
     need_dweight, need_dbias, need_dlayer_scale = needs
     ops = torch.ops.vitkernels
-    if layer_scale is None or weight.dtype == torch.float16:
+    if layer_scale is None or gamma_in_g(weight):
         dweight = flat(g).t() @ flat(h) if need_dweight else None
         dlayer_scale = None
         if need_dlayer_scale and layer_scale is not None:
