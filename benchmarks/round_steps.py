@@ -148,7 +148,7 @@ def operators(context: Context) -> None:
     for name in _register.NAMES:
         if context.knows(name):
             continue
-        if name.startswith("resample") and context.mode == "gpu" and not _env.EXTENSION_HAS_CUDA:
+        if name.startswith("resample") and context.mode == "gpu" and not _env.EXTENSION_ARCHITECTURES:
             context.tell(name, unavailable="vitkernels._C is not built with CUDA here")
             continue
         start = time.perf_counter()

@@ -809,3 +809,37 @@ def test_where_addmm_copies_the_copies_count(no_interpreter, monkeypatch):
     monkeypatch.setattr(vk._env, "ADDMM_COPIES", True)  # as in PyTorch 2.11
     assert [round(units) for units in counted("cublas", proj_bias=False)] == [2, 4, 4, 2, 3, 2, 5, 8, 2, 6]
     assert [round(units) for units in counted("cublas")] == [2, 4, 4, 2, 3, 2, 5, 8, 5, 3]
+
+
+@on_a_cpu
+def test_copies_are_there_before_another_stream_can_see_them(monkeypatch):
+    """Threads of a server have a stream each, and share the model."""
+    model = vk.fuse(small().bfloat16().eval(), inference=True)
+    block, seen = model.blocks[0], []
+
+    class Stream:
+        def synchronize(self):
+            seen.append(block._vk_folded)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    before = block._vk_folded
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.Tensor, "is_cuda", True)
+        after = _fold.fold(block)
+    assert seen == [before]
+    assert block._vk_folded is after is not before
+
+
+@on_a_cpu
+def test_what_a_cuda_graph_records_is_no_copy_for_other_calls(monkeypatch):
+    """Nothing runs while it records: copies made then would be read before they are written."""
+    model = vk.fuse(small().bfloat16().eval(), inference=True)
+    block = model.blocks[0]
+    before = block._vk_folded
+    with torch.no_grad():
+        block.norm1.weight.mul_(2)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with monkeypatch.context() as on_gpu:
+            on_gpu.setattr(torch.Tensor, "is_cuda", True)
+            assert _fold.current(block) is None
+    assert block._vk_folded is before

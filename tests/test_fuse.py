@@ -2,7 +2,11 @@
 
 import copy
 import io
+import logging
+import os
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -12,13 +16,16 @@ import torch
 from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import vitkernels as vk
+from vitkernels import _env, _select
 from vitkernels.models import FUSED_CLASSES, FusedAttentionPool, FusedBlock, FusedPatchEmbed
 from vitkernels.ops import _availability
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+ON_GPU = torch.cuda.is_available()
 
 
 def small(**arguments):
@@ -473,6 +480,67 @@ def test_fallbacks_are_logged_once_at_info(caplog, monkeypatch):
         vk.ops.layer_norm(x)
         vk.ops.layer_norm(x)
     assert [r.getMessage() for r in caplog.records] == ["layer_norm falls back to PyTorch: inputs below 8 MiB are launch-bound"]
+
+
+def on_a_gpu_that_is_not_there(model):
+    """``model`` with fake CUDA parameters, and fake images: how memory is planned on a machine without a GPU."""
+    with FakeTensorMode() as mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, t in tensors.items():
+                    fake = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake) if isinstance(t, nn.Parameter) else fake
+        return mode, model, torch.empty(2, 3, 32, 32, device="cuda")
+
+
+@pytest.mark.skipif(ON_GPU, reason="about a machine without a GPU")
+@pytest.mark.parametrize("when", ["fused before", "fused on it"])
+def test_a_model_on_a_gpu_that_is_not_there_runs_as_timms(when):
+    stock, fused = small(), small()
+    mode, model, images = on_a_gpu_that_is_not_there(vk.fuse(fused) if when == "fused before" else fused)
+    with mode:
+        out = vk.fuse(model)(images)  # PyTorch itself runs no backward pass there
+    assert (out.shape, out.device.type) == (stock(torch.zeros(2, 3, 32, 32)).shape, "cuda")
+
+
+def test_where_triton_cannot_launch_pytorchs_operators_run_and_the_log_says_why(monkeypatch, caplog):
+    """As in a container without a C compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_env, "triton_cannot_launch", lambda: "Triton cannot launch here: no compiler")
+    monkeypatch.setattr(_env, "INTERPRETING", False)
+    monkeypatch.setattr(_select, "_reported", set())
+    with FakeTensorMode(), caplog.at_level(logging.INFO, "vitkernels"):
+        x = torch.empty(16384, 768, device="cuda")  # large enough for a kernel
+        for _ in range(2):
+            assert vk.ops.layer_norm(x).device == x.device
+        assert vk.ops._availability.availability("cuda")["linear"] == ["Triton cannot launch here: no compiler"]
+        with vk.backend("fused"), pytest.raises(RuntimeError, match="cannot run its kernel: Triton cannot launch here"):
+            vk.ops.layer_norm(x)
+    assert caplog.messages == ["layer_norm falls back to PyTorch: Triton cannot launch here: no compiler"]
+
+
+def test_whether_triton_can_launch_is_a_constant_to_dynamo(monkeypatch):
+    monkeypatch.setattr(_env, "triton_cannot_launch", lambda: "no compiler")
+    compiled = torch.compile(lambda x: x + len(_select._why_not_launch()), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
+
+
+def test_triton_is_asked_whether_it_can_launch(tmp_path):
+    """Its own words, once: there is no C compiler on the path, and nothing in its cache."""
+    code = """
+import torch
+from vitkernels import _env
+torch.cuda.is_available = lambda: True
+print(_env.triton_cannot_launch())
+assert _env.triton_cannot_launch() is _env.triton_cannot_launch()
+"""
+    places = {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment | places, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(
+        "Triton cannot launch here, which takes a C compiler and Python.h: RuntimeError: Failed to find"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")

@@ -774,14 +774,34 @@ def test_without_the_extension_auto_is_timms_bits_and_fused_raises(monkeypatch):
 def test_reasons_on_a_gpu(monkeypatch):
     posemb = torch.empty(1, 17, 8, device="meta")
     assert "run on CUDA and CPU tensors, got meta" in why_not(posemb)[0]
-    monkeypatch.setattr("vitkernels._env.EXTENSION_HAS_CUDA", True)
+    monkeypatch.setattr("vitkernels._env.EXTENSION_ARCHITECTURES", ("sm_90", "compute_90"))
     with vk._select.targeting("sm_90"):
         assert why_not(posemb) == []
         assert why_not(posemb, 513) == ["the resampling kernel takes grids of up to 512 a side, got 513"]
-        monkeypatch.setattr("vitkernels._env.EXTENSION_HAS_CUDA", False)
+        monkeypatch.setattr("vitkernels._env.EXTENSION_ARCHITECTURES", ())
         assert why_not(posemb) == ["the extension vitkernels._C was built without CUDA"]
     with vk._select.targeting("sm_75"):
         assert why_not(posemb)[0] == "sm_75 is older than sm_80"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("built_for", "runs"),
+    [
+        ("sm_80 compute_80", "80 86 89 90 100 120"),  # the driver compiles PTX for newer ones
+        ("sm_90 compute_90", "90 100 120"),
+        ("sm_86 sm_90 compute_90", "86 89 90 100 120"),  # a binary runs on later ones of its generation
+        ("sm_120 compute_120", "120"),
+    ],
+)
+def test_an_extension_built_for_another_architecture_is_a_reason(monkeypatch, built_for, runs):
+    """CUDA C++ programming guide, binary and PTX compatibility. The launch would fail, where timm resamples."""
+    monkeypatch.setattr("vitkernels._env.EXTENSION_ARCHITECTURES", tuple(built_for.split()))
+    posemb = torch.empty(1, 17, 8, device="meta")
+    for arch in ("80", "86", "89", "90", "100", "120"):
+        with vk._select.targeting(f"sm_{arch}"):
+            refused = [f"the extension vitkernels._C was built for {built_for}, not for sm_{arch}"]
+            assert why_not(posemb) == ([] if arch in runs.split() else refused)
 
 
 P = torch.zeros(1, 17, 8)

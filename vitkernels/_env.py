@@ -8,6 +8,7 @@
 """
 
 import atexit
+import functools
 import importlib
 import importlib.util
 import logging
@@ -88,6 +89,23 @@ def give_triton_a_cache() -> None:
     )
 
 
+@functools.cache
+def triton_cannot_launch() -> str | None:
+    """What keeps Triton from launching kernels on this machine's GPU, as in a container without a C compiler; else None.
+
+    Triton compiles C code that launches kernels when it is first asked for its driver, and keeps the result in its cache.
+    """
+    give_triton_a_cache()
+    try:
+        from triton.runtime import driver
+
+        driver.active  # noqa: B018  (a property that makes the driver)
+    except Exception as error:  # whatever it is, PyTorch's operators run
+        reason = (str(error).splitlines() or [""])[0]
+        return f"Triton cannot launch here, which takes a C compiler and Python.h: {type(error).__name__}: {reason}"
+    return None
+
+
 def _delete(folder: str, made_by: int) -> None:
     if os.getpid() == made_by:  # not a forked child, which ends before its parent
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,4 +127,5 @@ def _load_extension() -> ModuleType | None:
 
 # The extension itself, loaded once: looking for it takes 20 us.
 EXTENSION: Any = _load_extension()
-EXTENSION_HAS_CUDA = EXTENSION is not None and EXTENSION.build_info()["cuda"] is not None
+# What it was compiled for: sm_* are binaries, compute_* is PTX. Empty when it was built without CUDA.
+EXTENSION_ARCHITECTURES: tuple[str, ...] = () if EXTENSION is None else tuple(EXTENSION.build_info()["architectures"])

@@ -114,7 +114,7 @@ def target(x: Tensor) -> str | None:
     arch = _settings.target
     if arch is not None:
         return arch
-    if not x.is_cuda or torch.version.cuda is None:
+    if not x.is_cuda or torch.version.cuda is None:  # ROCm's tensors call themselves CUDA's
         return None
     return _architecture(x.get_device())
 
@@ -139,9 +139,18 @@ def run_by_dynamo(function: _Function) -> _Function:
 
 
 @run_by_dynamo
-def _architecture(device_index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device_index)
+def _architecture(device_index: int) -> str | None:
+    try:
+        major, minor = torch.cuda.get_device_capability(device_index)
+    except (RuntimeError, AssertionError):  # a fake tensor may be on a GPU that is not there
+        return None
     return f"sm_{major}{minor}"
+
+
+@run_by_dynamo
+def _why_not_launch() -> list[str]:
+    reason = _env.triton_cannot_launch()
+    return [] if reason is None else [reason]
 
 
 def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: int = 0, has_cpu_kernel: bool = False) -> bool:
@@ -194,11 +203,13 @@ def why_not_here(*tensors: Tensor | None) -> list[str]:
     arch = target(first)
     if arch is None:
         if first.is_cuda:
-            reasons.append("this PyTorch is not built for NVIDIA GPUs")
+            reasons.append("PyTorch has no NVIDIA GPU to run on")
         elif not (_env.INTERPRETING and first.device.type == "cpu"):
             reasons.append(f"kernels run on CUDA tensors, got {first.device.type} (TRITON_INTERPRET=1 interprets them on cpu)")
     else:
         reasons += why_not_arch(arch)
+        if first.is_cuda and not reasons and not _env.INTERPRETING:
+            reasons += _why_not_launch()
     return reasons + why_not_opaque(present)
 
 

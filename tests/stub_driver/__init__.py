@@ -114,9 +114,9 @@ def _replace_device_queries() -> None:
     from vitkernels.kernels import _recorder, linear
 
     _env.INTERPRETING = True  # operators launch for CPU tensors
-    _env.EXTENSION_HAS_CUDA = _env.EXTENSION is not None  # resampling is not Triton's: its kernels of the CPU run
+    _env.EXTENSION_ARCHITECTURES = (f"sm_{ARCH}",)  # resampling is not Triton's: its kernels of the CPU run
 
-    def target(x: torch.Tensor) -> str:
+    def target(x: torch.Tensor) -> str | None:
         return _select._architecture(0)
 
     def multiprocessors(device: torch.device) -> int:

@@ -63,6 +63,8 @@ def fold(block: nn.Module) -> Copies:
         memory = [t.detach() for t in sources]
         state = _state(memory)
         copies = Copies(_folded(block) if sources else None, state, memory)
+        if state and sources[0].is_cuda:  # the next call may come from another stream, which would not wait for this one
+            torch.cuda.current_stream(sources[0].device).synchronize()
     block._vk_folded = copies
     _BLOCKS[id(block)] = block
     return copies
@@ -164,6 +166,8 @@ def current(block: nn.Module) -> FoldedBlock | None:
     if state is None:
         return None
     if copies is None or state != copies.state:
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # what a graph records does not run yet
+            return None
         copies = fold(block)
     return copies.block
 

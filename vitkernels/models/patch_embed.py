@@ -37,7 +37,11 @@ _STATISTICS = "_vk_pixel_statistics"
 
 
 class FusedPatchEmbed(PatchEmbed):
-    """``timm.layers.PatchEmbed`` with its forward on ``vitkernels.ops.patch_embed``; same shapes, contiguous tokens."""
+    """``timm.layers.PatchEmbed`` with its forward on ``vitkernels.ops.patch_embed``; same shapes, contiguous tokens.
+
+    timm's are a view of the convolution's (B, D, Gh, Gw), and what draws in the order of memory (``F.dropout``,
+    ``torch.randn_like``) draws other numbers for them under one seed. Inside the model the two agree.
+    """
 
     stock = PatchEmbed  # unannotated: TorchScript reads timm's annotations through the instance
 

@@ -176,15 +176,26 @@ def why_not(posemb: Tensor, side: int = 1) -> list[str]:
         reasons.append("the extension vitkernels._C is not built (no C++ compiler at installation?) or does not load")
     elif arch is not None:
         reasons += _select.why_not_arch(arch)
-        if not _env.EXTENSION_HAS_CUDA:
-            reasons.append("the extension vitkernels._C was built without CUDA")
-        elif posemb.is_cuda:
+        reasons += _why_not_built_for(arch)
+        if posemb.is_cuda and not reasons:
             reasons += _driver_reasons()
         if side > MAX_SIDE:
             reasons.append(f"the resampling kernel takes grids of up to {MAX_SIDE} a side, got {side}")
     elif not posemb.is_cpu:
         reasons.append(f"the resampling kernels run on CUDA and CPU tensors, got {posemb.device.type}")
     return reasons
+
+
+def _why_not_built_for(arch: str) -> list[str]:
+    """A reason when the extension holds no code that ``arch`` runs: a binary of its generation or PTX, not newer."""
+    if not _env.EXTENSION_ARCHITECTURES:
+        return ["the extension vitkernels._C was built without CUDA"]
+    number = int(arch.removeprefix("sm_"))
+    for built_for in _env.EXTENSION_ARCHITECTURES:
+        kind, _, version = built_for.partition("_")
+        if int(version) <= number and (kind == "compute" or int(version) // 10 == number // 10):
+            return []
+    return [f"the extension vitkernels._C was built for {' '.join(_env.EXTENSION_ARCHITECTURES)}, not for {arch}"]
 
 
 def _records_a_program() -> bool:
