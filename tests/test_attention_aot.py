@@ -77,6 +77,33 @@ def test_every_head_dim_up_to_128_compiles_as_recorded(cache, stem, arch, worklo
     check(found, {arch}, workloads=False)
 
 
+WIDE = """
+import json, sys
+import torch
+from vitkernels.kernels import _aot, attention, attention_backward
+
+found = []
+for arch in (80, 89):
+    with _aot.dry_run(arch) as compiled:
+        for Dh in (176, 192, 256):
+            q, k, v = torch.empty(64, 197, 3, 3, Dh, device="meta").unbind(2)
+            bias = torch.empty(1, 3, 197, 197, device="meta")
+            out, *statistics = attention.launch_attention_fwd(q, k, v, bias, None, 0, 1.0, False)
+            attention_backward.launch_attention_bwd(out, q, k, v, out, *statistics, bias, None, 0, 1.0, False, True)
+    found += [(kernel.metadata.shared, _aot.CHIPS[arch].shared_per_block) for kernel in compiled]
+json.dump(found, sys.stdout)
+"""
+
+
+def test_wide_float32_heads_fit_every_chip(cache):
+    """101,376 bytes a block on sm_86, 89 and 120."""
+    result = compiling("-c", WIDE, cache=cache)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found) >= 2 * 3 * 4
+    assert all(shared <= limit for shared, limit in found), found
+
+
 # What no workload launches: other lengths and so other tails, one query, float32 with masks, few heads, biases of every kind.
 OTHER_ROWS = """
 import itertools, json, sys

@@ -201,6 +201,19 @@ def test_an_nvcc_that_fails_fails_the_build(tree, tmp_path, value):
     assert "VITKERNELS_BUILD_CUDA=0 builds without CUDA" in built.stderr.splitlines()[-1]
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("named", [False, True])
+def test_nvcc_chooses_its_host_compiler_unless_cxx_names_one(tree, tmp_path, named):
+    """Ubuntu's nvcc 12.0 refuses the system's GCC 13, and comes with a g++ of its own."""
+    nvcc = empty(tmp_path) / "nvcc"
+    refuses = 'case "$*" in *CMakeCUDACompilerId.cu) echo "$*" >> "$0.log"; exit 1;; esac'  # the first that it compiles
+    nvcc.write_text(f'#!/bin/sh\n{refuses}\nexec "{shutil.which("nvcc")}" "$@"\n')
+    nvcc.chmod(0o755)
+    cxx = {"CXX": shutil.which("c++") or shutil.which("g++")} if named else {}
+    run(tree, "setup.py", "build_ext", "--inplace", CUDACXX=str(nvcc), VITKERNELS_BUILD_CUDA="1", **cxx)
+    assert ("-ccbin" in nvcc.with_name("nvcc.log").read_text()) == named
+
+
 def test_build_info_of_the_installed_extension():
     if importlib.util.find_spec("vitkernels._C") is None:
         if "CI" in os.environ:

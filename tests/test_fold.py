@@ -825,6 +825,7 @@ def test_copies_are_there_before_another_stream_can_see_them(monkeypatch):
     before = block._vk_folded
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(torch.Tensor, "is_cuda", True)
+        on_gpu.setattr(torch.cuda, "is_initialized", lambda: True)
         after = _fold.fold(block)
     assert seen == [before]
     assert block._vk_folded is after is not before
@@ -841,5 +842,6 @@ def test_what_a_cuda_graph_records_is_no_copy_for_other_calls(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with monkeypatch.context() as on_gpu:
             on_gpu.setattr(torch.Tensor, "is_cuda", True)
+            on_gpu.setattr(torch.cuda, "is_initialized", lambda: True)
             assert _fold.current(block) is None
     assert block._vk_folded is before

@@ -494,12 +494,13 @@ def on_a_gpu_that_is_not_there(model):
 
 
 @pytest.mark.skipif(ON_GPU, reason="about a machine without a GPU")
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("when", ["fused before", "fused on it"])
-def test_a_model_on_a_gpu_that_is_not_there_runs_as_timms(when):
+def test_a_model_on_a_gpu_that_is_not_there_runs_as_timms(when, inference):
     stock, fused = small(), small()
-    mode, model, images = on_a_gpu_that_is_not_there(vk.fuse(fused) if when == "fused before" else fused)
-    with mode:
-        out = vk.fuse(model)(images)  # PyTorch itself runs no backward pass there
+    mode, model, images = on_a_gpu_that_is_not_there(vk.fuse(fused, inference=inference) if when == "fused before" else fused)
+    with mode, torch.set_grad_enabled(not inference):
+        out = vk.fuse(model, inference=inference)(images)  # PyTorch itself runs no backward pass there
     assert (out.shape, out.device.type) == (stock(torch.zeros(2, 3, 32, 32)).shape, "cuda")
 
 

@@ -274,6 +274,19 @@ def test_export_with_a_dynamic_batch():
         assert_same(program(x), stock(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch_on_a_gpu_is_for_every_batch(strict):
+    """The kernels' least size, 8 MiB, which this model's tokens reach at 643 images, is no condition of the program."""
+    stock, fused = stock_and_fused()
+    with _select.targeting("sm_90"), torch.no_grad():
+        program = torch.export.export(fused, (images(2),), dynamic_shapes=({0: Dim("batch", min=1, max=4096)},), strict=strict)
+    assert "vitkernels" in str(program.graph)
+    ((lower, upper),) = ((limits.lower, limits.upper) for limits in program.range_constraints.values())
+    assert (lower, upper) == (1, 4096)
+    x = images(3)
+    assert_same(program.module()(x), stock(x))
+
+
 def test_export_with_dynamic_height_and_width():
     stock, fused = stock_and_fused(dynamic_img_size=True)
     height, width = 16 * Dim("gh", min=2, max=16), 16 * Dim("gw", min=2, max=16)

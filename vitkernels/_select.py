@@ -172,7 +172,7 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         return False
     _env.check_backend(backend)
     reasons = why_not()
-    if not reasons and backend == "auto" and x.numel() * x.element_size() < min_bytes:
+    if not reasons and backend == "auto" and holds(x.numel() * x.element_size() < min_bytes):
         reasons = [f"inputs below {min_bytes / 2**20:g} MiB are launch-bound"]
     if not reasons:
         return True
@@ -180,6 +180,18 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         raise RuntimeError(f"vitkernels.ops.{op} cannot run its kernel: " + "; ".join(reasons))
     _report_once(op, reasons)
     return False
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """``condition``, about sizes. While ``torch.export`` records: does it hold for all sizes that the program is made for?
+
+    Asked in any other way, it would become a condition of the program, which refuses the sizes on the other side.
+    """
+    if not torch.compiler._is_exporting_flag:  # is_exporting() is True under torch.compile, too, in Dynamo of torch 2.11
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy
+
+    return statically_known_true(condition)
 
 
 def _report_once(op: str, reasons: list[str]) -> None:

@@ -267,7 +267,8 @@ def backward_config(
         if tuned is not None and (heads >= fills or not tuned.one_program):
             return tuned
     if dtype == torch.float32:  # no tensor cores
-        return BackwardConfig(False, 32, 32, 32, 8, 1)
+        rows = 32 if Dh <= 176 else 16  # four tiles of as many: 101,376 bytes of shared memory on sm_86, 89 and 120
+        return BackwardConfig(False, rows, rows, rows, 8, 1)
     # One query is no work for a program that has the head alone: on sm_100 it would spill 44 bytes.
     alone = N > 1 and max(N, M) <= 320 and heads >= fills and not biased
     if arch in (90, 100):  # operands in shared memory

@@ -1,15 +1,16 @@
 """Records the tensors that launches read and write, instead of launching: ``vitkernels roofline`` on ``meta`` tensors.
 
 A kernel file declares ``WRITES``: for each kernel that a launcher starts, the names of the arguments that it stores to. It
-loads from every other tensor argument. A file whose kernels multiply matrices (``tl.dot``) also declares ``FLOPS``: by
-kernel, a function of the launch's arguments by name that gives the FLOPs of its products, masked work left out. Nothing here
-touches a GPU or compiles.
+loads from every other tensor argument. A file whose kernels multiply matrices (``tl.dot``, ``add_product``) also declares
+``FLOPS``: by kernel, a function of the launch's arguments by name that gives the FLOPs of its products, masked work left out.
+Nothing here touches a GPU or compiles.
 """
 
 import contextlib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -64,7 +65,7 @@ def recording(record: Record, multiprocessors: int = 1, architecture: int = 90) 
         multiprocessors, architecture: of the chip that is imagined; kernels and the size of some scratch depend on them.
 
     Raises:
-        RuntimeError: a kernel file has a kernel, by its name, that ``WRITES`` does not declare, or ``tl.dot`` and no ``FLOPS``.
+        RuntimeError: a kernel file has a kernel, by its name, that ``WRITES`` does not declare, or products and no ``FLOPS``.
     """
     with contextlib.ExitStack() as stack:
         for module in modules().values():
@@ -72,7 +73,7 @@ def recording(record: Record, multiprocessors: int = 1, architecture: int = 90) 
             undeclared = [n for n in vars(module) if n.endswith("_kernel") and n not in writes]
             if undeclared:
                 raise RuntimeError(f"{module.__name__}.WRITES does not declare {', '.join(undeclared)}")
-            if not flops and "tl.dot" in inspect.getsource(module):
+            if not flops and re.search(r"tl\.dot|\badd_product\(", inspect.getsource(module)):
                 raise RuntimeError(f"{module.__name__} multiplies matrices and declares no FLOPS")
             for name, arguments in writes.items():
                 _replace(stack, module, name, _Recorded(name, getattr(module, name), arguments, flops.get(name), record))

@@ -32,6 +32,7 @@ from torch import Tensor
 from . import _tuned
 from ._activation import activation
 from ._device import gpu_of, multiprocessors
+from ._dot import add_product
 from ._tile_order import tile_at
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _linear_pointer_kernel(
         else:
             x = tl.load(x_ptrs, mask=(depth < K - k)[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=(depth < K - k)[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = add_product(acc, x, weight, PRECISION)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 

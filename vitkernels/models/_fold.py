@@ -63,11 +63,15 @@ def fold(block: nn.Module) -> Copies:
         memory = [t.detach() for t in sources]
         state = _state(memory)
         copies = Copies(_folded(block) if sources else None, state, memory)
-        if state and sources[0].is_cuda:  # the next call may come from another stream, which would not wait for this one
+        if state and _on_gpu(sources[0]):  # the next call may come from another stream, which would not wait for this one
             torch.cuda.current_stream(sources[0].device).synchronize()
     block._vk_folded = copies
     _BLOCKS[id(block)] = block
     return copies
+
+
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_initialized()  # a fake tensor may be on a GPU that is not there
 
 
 _BLOCKS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # those with copies, by id
@@ -166,7 +170,7 @@ def current(block: nn.Module) -> FoldedBlock | None:
     if state is None:
         return None
     if copies is None or state != copies.state:
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # what a graph records does not run yet
+        if _on_gpu(weight) and torch.cuda.is_current_stream_capturing():  # what a graph records does not run yet
             return None
         copies = fold(block)
     return copies.block

@@ -118,7 +118,7 @@ def why_not(images: Tensor, weight: Tensor, *others: Tensor | None) -> list[str]
         reasons.append(f"the patch_embed kernel takes float32, float16, bfloat16 and uint8, got {', '.join(unsupported)}")
     if 0 in weight.shape:
         reasons.append(f"a weight of shape {tuple(weight.shape)} has no elements")
-    elif images.shape[0] * _num_patches(images, weight) > MAX_PATCHES:
+    elif _select.holds(images.shape[0] * _num_patches(images, weight) > MAX_PATCHES):
         reasons.append(f"a batch of more than {MAX_PATCHES} patches")
     return reasons
 
@@ -180,9 +180,9 @@ class _PatchEmbed(torch.autograd.Function):
             dimages if need_dimages else None,
             dweight if need_dweight else None,
             dtokens[ctx.num_prefix :].sum(0).to(bias_dtype) if need_dbias else None,
-            # A copy: the positions of the prefix tokens have the same gradient.
-            dtokens[None, : ctx.num_prefix].to(prefix_dtype, copy=True) if need_dprefix else None,
-            dtokens[None, ctx.first_position :].to(pos_dtype) if need_dpos else None,
+            # A copy: the positions of the prefix tokens have the same gradient. With strides as new: DDP's buckets have those.
+            dtokens[: ctx.num_prefix].to(prefix_dtype, copy=True)[None] if need_dprefix else None,
+            dtokens[ctx.first_position :].to(pos_dtype)[None] if need_dpos else None,
             *(None,) * 7,
         )
 
