@@ -82,25 +82,21 @@ import json, sys
 import torch
 from vitkernels.kernels import _aot, attention, attention_backward
 
-found = []
-for arch in (80, 89):
-    with _aot.dry_run(arch) as compiled:
-        for Dh in (176, 192, 256):
-            q, k, v = torch.empty(64, 197, 3, 3, Dh, device="meta").unbind(2)
-            bias = torch.empty(1, 3, 197, 197, device="meta")
-            out, *statistics = attention.launch_attention_fwd(q, k, v, bias, None, 0, 1.0, False)
-            attention_backward.launch_attention_bwd(out, q, k, v, out, *statistics, bias, None, 0, 1.0, False, True)
-    found += [(kernel.metadata.shared, _aot.CHIPS[arch].shared_per_block) for kernel in compiled]
-json.dump(found, sys.stdout)
+with _aot.dry_run(89) as compiled:
+    q, k, v = torch.empty(64, 197, 3, 3, 256, device="meta").unbind(2)
+    bias = torch.empty(1, 3, 197, 197, device="meta")
+    out, *statistics = attention.launch_attention_fwd(q, k, v, bias, None, 0, 1.0, False)
+    attention_backward.launch_attention_bwd(out, q, k, v, out, *statistics, bias, None, 0, 1.0, False, True)
+json.dump([(kernel.metadata.shared, _aot.CHIPS[89].shared_per_block) for kernel in compiled], sys.stdout)
 """
 
 
-def test_wide_float32_heads_fit_every_chip(cache):
+def test_the_widest_float32_heads_fit_the_smallest_shared_memory(cache):
     """101,376 bytes a block on sm_86, 89 and 120."""
     result = compiling("-c", WIDE, cache=cache)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) >= 2 * 3 * 4
+    assert len(found) >= 4
     assert all(shared <= limit for shared, limit in found), found
 
 

@@ -119,7 +119,7 @@ def test_entries_too_large_for_the_chip_are_refused():
     assert "not kept" in _attention_configs.why_not_forward(resident, 90, 577, 64)
     deep = BackwardConfig(False, 64, 128, 128, 8, 4)
     assert "shared memory" in _attention_configs.why_not_backward(deep, 120, 128)
-    assert "block is 16" in _attention_configs.why_not_backward(LAUNCHES._replace(block=16), 90, 64)
+    assert "block is 8" in _attention_configs.why_not_backward(LAUNCHES._replace(block=8), 90, 64)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

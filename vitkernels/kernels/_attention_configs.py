@@ -302,7 +302,7 @@ def why_not_backward(config: BackwardConfig, arch: int, Dh: int) -> str:
     tiles, width = (16, 32, 64, 128), sum(backward_parts(arch, torch.bfloat16, Dh, False))
     wrong = _not_of(
         {
-            "block": (config.block, tiles[1:]),
+            "block": (config.block, tiles),
             "query_step": (config.query_step, tiles),
             "key_step": (config.key_step, tiles),
             "num_warps": (config.num_warps, (4, 8)),
