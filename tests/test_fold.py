@@ -711,6 +711,20 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph(dtype):
 
 
 @on_a_cpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_models_of_several_widths_compile_to_one_graph_each_on_a_gpu(dynamic):
+    """The sizes of copies are no more symbolic than those of parameters, which Dynamo takes as they are."""
+    for width in (48, 96):
+        stock, model = folded(init_values=0.1, embed_dim=width)
+        stock.bfloat16(), model.bfloat16()
+        images = IMAGES.bfloat16()
+        with torch.no_grad(), _select.targeting("sm_90"):
+            compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+            torch.testing.assert_close(compiled(images), stock(images), atol=0.1, rtol=0.1)
+
+
+@on_a_cpu
 def test_on_a_gpu_without_triton_a_folded_model_runs_on_pytorchs_operators(monkeypatch):
     """As on Windows."""
     stock, model = folded(init_values=0.1)

@@ -11,9 +11,11 @@ comparison costs 7 us a block; a compiled graph makes it once, when it is traced
 """
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # timm has loaded it
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
@@ -63,6 +65,8 @@ def fold(block: nn.Module) -> Copies:
         memory = [t.detach() for t in sources]
         state = _state(memory)
         copies = Copies(_folded(block) if sources else None, state, memory)
+        for _, tensor in _tensors(copies):
+            torch._dynamo.mark_static(tensor)  # as a parameter: a second model's widths are no reason for symbolic ones
         if state and _on_gpu(sources[0]):  # the next call may come from another stream, which would not wait for this one
             torch.cuda.current_stream(sources[0].device).synchronize()
     block._vk_folded = copies
@@ -100,12 +104,18 @@ def copies_of(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for path, block in model.named_modules():
         copies = block.__dict__.get("_vk_folded")
-        for name, value in () if copies is None or copies.block is None else copies.block._asdict().items():
-            fields = value._fields if isinstance(value, Folded) else ("weight", "bias")
-            for field, tensor in () if value is None else zip(fields, value, strict=True):
-                if tensor is not None:
-                    found[f"{path}.{name}.{field}".lstrip(".")] = tensor
+        for name, tensor in () if copies is None else _tensors(copies):
+            found[f"{path}.{name}".lstrip(".")] = tensor
     return found
+
+
+def _tensors(copies: Copies) -> Iterator[tuple[str, Tensor]]:
+    """Each by name, such as ``qkv.weight``."""
+    for name, value in () if copies.block is None else copies.block._asdict().items():
+        fields = value._fields if isinstance(value, Folded) else ("weight", "bias")
+        for field, tensor in () if value is None else zip(fields, value, strict=True):
+            if tensor is not None:
+                yield f"{name}.{field}", tensor
 
 
 def _layers(block: nn.Module) -> dict[str, nn.Module]:
