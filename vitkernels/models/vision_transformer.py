@@ -37,7 +37,8 @@ class VisionTransformer(FusedVisionTransformer):
             the paper keeps positions at their place in the image (section 3.2).
         representation_size: width R of the paper's pre-training head Linear(D, R), tanh, Linear(R, classes), under old
             timm's names ``pre_logits.fc`` and ``head``; None for the single Linear. ``forward_head(x, pre_logits=True)``
-            returns (B, R), after the tanh. ``num_features`` stays D, ``head_hidden_size`` is R.
+            returns (B, R), after the tanh. ``num_features`` stays D, ``head_hidden_size`` is R. timm's ``load_pretrained`` of
+            an ``.npz`` file fills all but ``pre_logits``.
 
     ``reset_classifier`` attaches the paper's fine-tuning head: no ``pre_logits``, and a Linear(D, classes) of zeros.
 
