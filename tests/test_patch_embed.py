@@ -63,7 +63,7 @@ def by_pytorch(pos="all"):
     return call
 
 
-def check(inputs, pos="all", plan="triton", step=None):
+def check(inputs, pos="all", plan="triton"):
     images, weight = inputs[:2]
     tokens = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
     num_prefix = 0 if inputs[3] is None else inputs[3].shape[1]
@@ -78,7 +78,7 @@ def check(inputs, pos="all", plan="triton", step=None):
         compute = torch.promote_types(torch.float32, rest[-4].dtype)
         return reference(*fixed, *rest, *(None if t is None else t.to(compute) for t in (mean, std)))
 
-    assert_matches_reference(lambda *rest: kernel(*fixed, *rest, mean, std), exact, leaves, [cotangent], step)
+    assert_matches_reference(lambda *rest: kernel(*fixed, *rest, mean, std), exact, leaves, [cotangent])
 
 
 # (channels, height, width, patch, D, prefix, positions): patch and grid of every kind, images of 32 to 98, K with and without
@@ -137,10 +137,8 @@ def test_kernel_is_within_budget_on_a_gpu_at_full_size(image, patch, D, dtype, f
 )
 def test_kernel_is_within_budget_at_random_shapes(channels, patch, grid, D, num_prefix, dtype, pos, form):
     height, width = (g * p for g, p in zip(grid, patch, strict=True))
-    # Of one number (the bias of one channel) or two eager's error is luck, and may be 0: more images, and there four roundings.
-    images = 2 + 256 // (grid[0] * grid[1] * D)
-    step = 4 * torch.finfo(dtype).eps if D < 8 else None
-    check(draw(images, channels, height, width, patch, D, num_prefix, dtype, pos=pos, **form), pos, step=step)
+    images = 2 + 256 // (grid[0] * grid[1] * D)  # of a result of two numbers eager's error is luck
+    check(draw(images, channels, height, width, patch, D, num_prefix, dtype, pos=pos, **form), pos)
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
