@@ -83,6 +83,21 @@ def outputs_and_gradients(
     return results
 
 
+def beside_reference(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor],
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Of each output and gradient its name, what ``kernel`` and eager ``reference`` give, and ``reference`` in float64."""
+    got = outputs_and_gradients(kernel, inputs, cotangents)
+    eager = outputs_and_gradients(reference, inputs, cotangents)
+    oracle = outputs_and_gradients(reference, [None if t is None else t.double() for t in inputs], cotangents)
+    assert got.keys() == eager.keys()
+    for name in got:
+        yield name, got[name], eager[name], oracle[name]
+
+
 def assert_matches_reference(
     kernel: Callable[..., Tensor | tuple[Tensor, ...]],
     reference: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -91,12 +106,8 @@ def assert_matches_reference(
     step: float | None = None,
 ) -> None:
     """Outputs and gradients of ``kernel`` are within budget of the float64 ``reference``, judged beside eager ``reference``."""
-    got = outputs_and_gradients(kernel, inputs, cotangents)
-    eager = outputs_and_gradients(reference, inputs, cotangents)
-    oracle = outputs_and_gradients(reference, [None if t is None else t.double() for t in inputs], cotangents)
-    assert got.keys() == eager.keys()
-    for name in got:
-        assert_within_budget(name, got[name], eager[name], oracle[name], step)
+    for name, got, eager, oracle in beside_reference(kernel, reference, inputs, cotangents):
+        assert_within_budget(name, got, eager, oracle, step)
 
 
 def hostile_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -49,7 +49,8 @@ _LARGE = PatchConfig(128, 128, 64, num_warps=8, num_stages=3)
 _CONVERTED = PatchConfig(128, 128, 32, num_warps=8, num_stages=3)
 _FEW = PatchConfig(64, 64, 64, num_warps=4, num_stages=3)
 _FEW_CONVERTED = PatchConfig(64, 64, 32, num_warps=4, num_stages=3)
-_FLOAT32 = PatchConfig(64, 64, 32, num_warps=8, num_stages=3)  # with 4 warps it spills on sm_80
+_TF32 = PatchConfig(64, 64, 32, num_warps=8, num_stages=3)  # with 4 warps it spills on sm_80
+_FLOAT32 = PatchConfig(64, 64, 16, num_warps=8, num_stages=4)  # a tile's terms are one chain of additions: better short
 
 
 @triton.jit
@@ -195,7 +196,7 @@ def _config(
     if entry is not None and "config" in entry:
         return PatchConfig(**entry["config"])
     if float32:
-        config = _FLOAT32
+        config = _TF32 if allow_tf32 else _FLOAT32
     else:
         tiles = triton.cdiv(geometry.rows, _LARGE.block_m) * triton.cdiv(D, _LARGE.block_n)
         large, few = (_LARGE, _FEW) if images.dtype == weight.dtype else (_CONVERTED, _FEW_CONVERTED)

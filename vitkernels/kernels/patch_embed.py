@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import architecture
+from ._dot import add_product
 from ._patch_tiles import (
     _config,
     _gather,
@@ -113,7 +114,7 @@ def _patch_embed_fwd_kernel(
             if mean_ptr is not None:
                 x = _normalised(x, channel, depth < K, mean_ptr, std_ptr, CHANNELS, CHANNELS_LAST)
             x = x.to(weight_ptr.dtype.element_ty)
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)  # eq. (2)
+            acc = add_product(acc, x, weight, PRECISION)  # eq. (2)
         tokens = num_prefix + patch
         mask = (rows < M)[:, None] & (cols < D)[None, :]
         if bias_ptr is not None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import multiprocessors
+from ._dot import add_product
 from ._patch_tiles import (
     PatchConfig,
     _config,
@@ -102,7 +103,7 @@ def _patch_embed_dweight_kernel(
         x = tl.load(images_ptr + patches[:, None] + pixels[None, :], mask=inside[:, None] & (depth < K)[None, :], other=0)
         if mean_ptr is not None:  # beyond the last row no longer zero, but there g is
             x = _normalised(x, channel, depth < K, mean_ptr, std_ptr, CHANNELS, CHANNELS_LAST)
-        acc = tl.dot(tl.trans(g), x.to(DTYPE), acc, input_precision=PRECISION)  # eq. (4)
+        acc = add_product(acc, tl.trans(g), x.to(DTYPE), PRECISION)  # eq. (4)
     offsets = ((tl.program_id(2) * D + cols).to(tl.int64) * K)[:, None] + depth[None, :]
     tl.store(partial_ptr + offsets, acc, mask=(cols < D)[:, None] & (depth < K)[None, :])
 
@@ -145,7 +146,7 @@ def _patch_embed_dimages_kernel(
         g = tl.load(dout_ptr + tokens[:, None] + cols[None, :], mask=(cols < D)[None, :], other=0.0)
         weight_mask = (cols < D)[:, None] & (depth < K)[None, :]
         weight = tl.load(weight_ptr + (cols * K)[:, None] + depth[None, :], mask=weight_mask, other=0.0)
-        acc = tl.dot(g.to(weight.dtype), weight, acc, input_precision=PRECISION)  # eq. (5)
+        acc = add_product(acc, g.to(weight.dtype), weight, PRECISION)  # eq. (5)
     patches = _patch_offsets(
         image, patch, patch // grid_w, grid_w, image_stride, line_stride, COLUMN_STRIDE, PATCH_H, PATCH_W, UNIT
     )
