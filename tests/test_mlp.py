@@ -201,14 +201,14 @@ def products(monkeypatch):
     """How many biases each product of fc2 took along."""
     from vitkernels.kernels import mlp as kernels
 
-    found, original = [], kernels._add_product
+    found, original = [], kernels._add_fc2
 
-    def add_product(x, u, weight, biases):
+    def add_fc2(x, u, weight, biases):
         found.append(len(biases))
         return original(x, u, weight, biases)
 
     monkeypatch.setattr("vitkernels._env.ADDMM_COPIES", False)  # as in PyTorch 2.15
-    monkeypatch.setattr(kernels, "_add_product", add_product)
+    monkeypatch.setattr(kernels, "_add_fc2", add_fc2)
     return found
 
 

@@ -96,7 +96,7 @@ def _inner(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_product(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+def _add_parts(sums, a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """sums + a @ b, part by part."""
     tiles = ()
     for i in tl.static_range(len(PARTS)):

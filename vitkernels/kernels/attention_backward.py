@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ._attention_configs import backward_config, backward_parts, backward_tail
 from ._attention_tiles import (
-    _add_product,
+    _add_parts,
     _bias_tile,
     _clear_rows,
     _delta,
@@ -141,14 +141,14 @@ def _dq_block(
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEYS, MASKED, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
-        dq = _add_product(dq, ds, k, PARTS, PRECISION)
+        dq = _add_parts(dq, ds, k, PARTS, PRECISION)
     if KEY_TAIL > 0:
         last_ds, last_k = _ds_and_k(
             q, dout, row_max, log2_sum, delta, full, first_query, k_ptr, v_ptr, bias_ptr, k_stride, v_stride,
             bias_query_stride, bias_key_stride, num_queries, num_keys, scale,
             QUERIES, KEY_TAIL, True, KEY_ONLY, NATURAL, DH, PARTS, PRECISION,
         )  # fmt: skip
-        dq = _add_product(dq, last_ds, last_k, PARTS, PRECISION)
+        dq = _add_parts(dq, last_ds, last_k, PARTS, PRECISION)
     _store_rows(dq_ptr, first_query, dq_stride, num_queries, dq, scale, QUERIES, DH, PARTS)
 
 
@@ -177,7 +177,7 @@ def _dkdv_step(
         k, q, v, dout, row_max[None, :], log2_sum[None, :], delta[None, :], pointers, mask, None, scale,
         NATURAL, PARTS, PRECISION,
     )  # fmt: skip
-    return _add_product(dk, ds, q, PARTS, PRECISION), _add_product(dv, p, dout, PARTS, PRECISION)
+    return _add_parts(dk, ds, q, PARTS, PRECISION), _add_parts(dv, p, dout, PARTS, PRECISION)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def launch_mlp_fwd(
         del h
         u = linear.activate(linear.matrix(z), act, len(biases))
         z = z if keep else z.new_empty(0)
-        return _add_product(x, u, fc2_weight, biases), mean, rstd, z
+        return _add_fc2(x, u, fc2_weight, biases), mean, rstd, z
     preact = "also" if keep and act is not None else "none"
     u, z = linear.launch_linear_fwd(h, fc1_weight, fc1_bias, act, None, None, None, h.dtype, preact, *gemm)
     del h
@@ -80,7 +80,7 @@ def _biases_ride_along(x, h, fc1_weight, fc1_bias, fc2_weight, act, out_dtype, p
     return all(linear.config_of(kind, h, weight, plan, arch) is None for kind, weight in gemms)
 
 
-def _add_product(x: Tensor, u: Tensor, weight: Tensor, biases: list[Tensor]) -> Tensor:
+def _add_fc2(x: Tensor, u: Tensor, weight: Tensor, biases: list[Tensor]) -> Tensor:
     """Equations (2) and (3)."""
     with torch._C._DisableAutocast():  # the operator's dtypes are its arguments'
         columns = [bias.to(weight.dtype)[:, None] for bias in biases]
