@@ -21,6 +21,12 @@ fused = vk.backend("fused")
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 
 
+@pytest.fixture(autouse=True)
+def _true_float32(monkeypatch):
+    """float32 means float32, in the interpreter too: patch_embed follows the convolution's switch, which is on by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def draw(batch, channels, height, width, patch, D, num_prefix, dtype, pos="all", layout=CONTIGUOUS, pixel=None):
     """images, weight, bias, prefix tokens, positions (``all`` rows, ``patches`` only, or None), mean, std."""
     pixel = pixel or dtype
@@ -167,6 +173,27 @@ def test_pixels_are_rounded_to_the_weights_dtype_in_the_load(pixel):
         assert torch.equal(vk.ops.patch_embed(images, identity).view(2, 3, 16, 16), images.bfloat16())
 
 
+@pytest.mark.skipif(ON_GPU, reason="the interpreter shows which precision was asked for")
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_true_float32_unless_pytorch_allows_tf32(form, monkeypatch):
+    import interpreter
+
+    inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.float32, **form)
+
+    def errors():
+        """As a part of the largest value."""
+        with interpreter.checking(tf32=True):
+            beside = list(beside_pytorch(inputs, "all"))
+        return {name: ((got - oracle).abs().max() / oracle.abs().max()).item() for name, got, _, oracle in beside}
+
+    exact = errors()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    rounded = errors()
+    leaves = 1 if "pixel" in form else 2  # whose gradients are products: the weight, and float images
+    assert all(error < 5e-6 for error in exact.values())
+    assert all(rounded[name] > 1e-4 for name in ("output 0", *(f"gradient of input {i}" for i in range(leaves))))
+
+
 def test_float32_positions_make_a_float32_stream_of_bfloat16_products():
     """The dtypes of autocast, after its casts."""
     inputs = draw(2, 3, 32, 48, (16, 16), 64, 1, torch.float32)
@@ -274,14 +301,15 @@ def test_without_a_table_16_bit_takes_the_kernel_and_true_float32_cublas(monkeyp
     monkeypatch.setattr(kernels, "_cublas_fwd", lambda *a: launched.append("cublas"))
     for dtype in (torch.bfloat16, torch.float32):
         under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, dtype))
+    assert launched == ["cublas"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # has tensor cores
+    under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.float32))
     table = {"fwd/bfloat16/32/768/64": {"plan": "cublas"}}
     monkeypatch.setattr("vitkernels.kernels._tuned.lookup", lambda gpu, stem, key: table.get(key))
     under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.float16))  # has no entry
+    assert launched == ["cublas"]
     under("auto")(*draw(1, 3, 32, 32, (16, 16), 32, 1, torch.bfloat16))
-    if torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.cuda.is_available():
-        assert launched == ["cublas"]  # of the table: TF32 has tensor cores
-    else:
-        assert launched == ["cublas"] * (1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 2)
+    assert launched == ["cublas", "cublas"]
 
 
 # The operators' contract.
