@@ -150,6 +150,34 @@ def test_exported_programs_load_and_run_where_vitkernels_is_not_installed(tmp_pa
             torch.testing.assert_close(got, stock(x), rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+RECORDED = {
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "torch.export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "torch.export, strict": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", RECORDED.values(), ids=RECORDED)
+@pytest.mark.parametrize("kind", ["plain", "inference", "own size", "uint8"])
+def test_a_program_is_bound_to_no_dtype_and_to_no_device(kind, record):
+    """A cast that changes nothing here would refuse the images of a program that is cast, or moved, later."""
+    options = {"dynamic_img_size": True} if kind == "own size" else {"reg_tokens": 1, "init_values": 0.1}
+    stock, fused = stock_and_fused(depth=1, **options)
+    vk.fuse(fused, inference=kind == "inference", input="uint8" if kind == "uint8" else "float")
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = (torch.tensor(stock.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    normalised = (pixels / 255 - mean) / std
+    x = pixels if kind == "uint8" else normalised
+    with torch.no_grad():
+        program = record(fused, x)
+        for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 0.05)):
+            got = program.to(dtype)(x if kind == "uint8" else x.to(dtype))
+            torch.testing.assert_close(got, stock.to(dtype)(normalised.to(dtype)), rtol=tolerance, atol=tolerance)
+    if isinstance(program, torch.fx.GraphModule):
+        assert not [node for node in program.graph.nodes if "device" in node.kwargs]
+
+
 def test_a_program_exported_by_dynamo_holds_pytorchs_operators():
     (_, fused), inputs = models_that_leave()["dynamic"]
     assert operators_of_ours(exported(fused, inputs, strict=True)) == []

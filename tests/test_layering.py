@@ -25,7 +25,7 @@ ALLOWED = {
     "_env": set(),
     "_text": set(),
     "_settings": {"_env"},
-    "_select": {"_env", "_settings"},
+    "_select": {"_env", "_settings", "reference"},
     "reference": {"reference"},
     "kernels": {"kernels", "_env"},
     "ops": {"ops", "reference", "_select", "_env"},

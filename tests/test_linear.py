@@ -509,6 +509,7 @@ def opcheck_arguments():
             (weight + 1, bias, weight, scale, scale, True, True, True),
             ((weight + 1).bfloat16(), bias, weight.bfloat16(), None, scale, True, False, True),
             (weight + 1, bias, weight, scale.bfloat16(), scale, False, True, False),
+            (weight + 1, bias[:0], weight, scale, scale, True, False, False),  # no sums: only the weight is trained
         ],
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _env, _settings
+from .reference.pos_embed import holds as holds
 
 _logger = logging.getLogger("vitkernels")
 _Function = TypeVar("_Function", bound=Callable)
@@ -180,18 +181,6 @@ def use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes: 
         raise RuntimeError(f"vitkernels.ops.{op} cannot run its kernel: " + "; ".join(reasons))
     _report_once(op, reasons)
     return False
-
-
-def holds(condition: bool | torch.SymBool) -> bool:
-    """``condition``, about sizes. While ``torch.export`` records: does it hold for all sizes that the program is made for?
-
-    Asked in any other way, it would become a condition of the program, which refuses the sizes on the other side.
-    """
-    if not torch.compiler._is_exporting_flag:  # is_exporting() is True under torch.compile, too, in Dynamo of torch 2.11
-        return bool(condition)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy
-
-    return statically_known_true(condition)
 
 
 def _report_once(op: str, reasons: list[str]) -> None:

@@ -129,9 +129,9 @@ def fuse(
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
             them (those of ``torch.fx`` and ``torch.jit.trace`` do: they run on the parameters), and nobody sees writes that
             PyTorch does not count: through ``parameter.data`` (as PEFT merges), NumPy or DLPack, by optimizers with
-            ``fused=True``, ``torch.distributed``'s collectives or another process, or to parameters made under
-            ``inference_mode``. A CUDA graph reads the copies that were there when it was captured: capture it again after
-            parameters changed, or were moved, and after ``train()``.
+            ``fused=True``, ``torch.distributed``'s collectives or another process, to parameters made under
+            ``inference_mode``, or to FSDP1's with ``use_orig_params=True``. A CUDA graph reads the copies that were there when
+            it was captured: capture it again after parameters changed, or were moved, and after ``train()``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.
             In float16, rows whose mean is some thousands of times their standard deviation, but that are not constant, and
             LayerNorms of weights below 0.001 lose accuracy.

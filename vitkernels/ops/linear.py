@@ -114,12 +114,18 @@ def _layer_scale_bwd_fake(product, sums, weight, bias, layer_scale, need_dweight
 
 def _layer_scale_bwd_reference(product, sums, weight, bias, layer_scale, need_dweight, need_dbias, need_dlayer_scale):
     scale, product = layer_scale.to(sums.dtype), product.to(sums.dtype)
-    dlayer_scale = (weight.to(sums.dtype) * product).sum(1)
-    dlayer_scale = dlayer_scale if bias is None else dlayer_scale + bias.to(sums.dtype) * sums
-    found = ((product * scale[:, None], weight, need_dweight), (sums * scale, bias, need_dbias))
+    nothing = weight.new_empty(0)
+    dweight, dbias, dlayer_scale = nothing, nothing, nothing
+    if need_dweight:
+        dweight = product * scale[:, None]
+    if need_dbias:
+        dbias = sums * scale
+    if need_dlayer_scale:
+        dlayer_scale = (weight.to(sums.dtype) * product).sum(1)
+        dlayer_scale = dlayer_scale if bias is None else dlayer_scale + bias.to(sums.dtype) * sums
     return tuple(
-        value.to(like.dtype, copy=True) if need else weight.new_empty(0, dtype=(weight if like is None else like).dtype)
-        for value, like, need in (*found, (dlayer_scale, layer_scale, need_dlayer_scale))
+        value.to((weight if like is None else like).dtype, copy=True)
+        for value, like in ((dweight, weight), (dbias, bias), (dlayer_scale, layer_scale))
     )
 
 

@@ -34,7 +34,9 @@ def patch_embed(
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.patch_embed``."""
     mean, std = pixel_statistics(mean, std, images, weight)
-    images = images if images.dtype == torch.uint8 else images.to(weight.dtype)
+    # Only where it changes something: a cast that does not would be recorded, too, and tie a program to this dtype and device.
+    if images.dtype not in (torch.uint8, weight.dtype):
+        images = images.to(weight.dtype)
     return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
 
 
@@ -52,7 +54,7 @@ def scriptable_patch_embed(
     if images.dtype == torch.uint8:
         if mean is None or std is None:
             raise ValueError("patch_embed: uint8 images need mean and std")
-        images = normalise(images, mean, std).to(weight.dtype)
+        images = normalise(images, mean, std).type_as(weight)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)  # (B, Gh*Gw, D)
     if pos_embed is not None and not pos_embed_prefix:
         tokens = tokens + pos_embed
@@ -71,7 +73,7 @@ def pixel_statistics(mean: Any, std: Any, images: Tensor, weight: Tensor) -> tup
     Raises:
         TypeError, ValueError: no numbers, not one for each channel, not finite, or a ``std`` of 0.
     """
-    channels, dtype = weight.shape[1], torch.promote_types(torch.float32, weight.dtype)
+    channels, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
     found = []
     for name, value in (("mean", mean), ("std", std)):
         if value is not None and not isinstance(value, Tensor):
@@ -100,6 +102,6 @@ def _numbers(name: str, value: Any, channels: int, dtype: torch.dtype) -> list[f
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Equation (1) of uint8 images, in float32 (float64 for a float64 ``mean``). Both are constants."""
-    compute = torch.promote_types(torch.float32, mean.dtype)
-    mean, std = mean.detach().to(compute).view(-1, 1, 1), std.detach().to(compute).view(-1, 1, 1)
-    return (images.to(compute) / 255 - mean) / std
+    # Divided by a tensor instead of cast: an exported cast asserts the device, too.
+    largest = mean.new_full([1], 255.0, dtype=torch.float64 if mean.dtype == torch.float64 else torch.float32)
+    return (images / largest - mean.detach().view(-1, 1, 1)) / std.detach().view(-1, 1, 1)

@@ -87,11 +87,10 @@ def copies(
         # timm's NaFlex: the square, upper left kept
         full = [max(height, width), max(height, width)] if preserve_aspect_ratio else [height, width]
         copy = grid[0]
-        # While exporting for all sizes nothing may depend on one. The result is the same: an unchanged grid stays.
-        if exporting() or height != old_size[0] or width != old_size[1]:
+        if not (holds(height == old_size[0]) and holds(width == old_size[1])):
             resampled = F.interpolate(image, size=full, mode=interpolation, antialias=antialias, align_corners=align_corners)
             resampled = resampled[:, :, :height, :width].permute(0, 2, 3, 1)
-            copy = resampled.reshape(-1, posemb.shape[-1]).to(posemb.dtype)
+            copy = resampled.reshape(-1, posemb.shape[-1]).type_as(posemb)  # of a traced program, too, that is cast later
         if num_prefix_tokens > 0:
             copy = torch.cat([prefix, copy])
         if pad_to is not None:
@@ -124,12 +123,12 @@ def log_resizing(old_size: tuple[int, int], new_size: tuple[int, int]) -> None:
 
 
 def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, int] | None, num_prefix_tokens: int) -> bool:
-    """Whether timm would return ``posemb`` itself: nothing changes, and the graph is not being exported for all sizes."""
-    if exporting() or posemb.shape[1] != new_size[0] * new_size[1] + num_prefix_tokens:
+    """Whether timm would return ``posemb`` itself: nothing changes, at any size that a program is exported for."""
+    if not holds(posemb.shape[1] == new_size[0] * new_size[1] + num_prefix_tokens):
         return False
     if old_size is None:
-        return new_size[0] == new_size[1]
-    return old_size[0] == new_size[0] and old_size[1] == new_size[1]
+        return holds(new_size[0] == new_size[1])
+    return holds(old_size[0] == new_size[0]) and holds(old_size[1] == new_size[1])
 
 
 def exporting() -> bool:
@@ -139,3 +138,20 @@ def exporting() -> bool:
         return False
     else:
         return torch.compiler._is_exporting_flag
+
+
+def holds(condition: bool) -> bool:
+    """``condition``, about sizes. While ``torch.export`` records: does it hold for all sizes that the program is made for?
+
+    Asked in any other way, it would become a condition of the program, which refuses the sizes on the other side.
+    """
+    if torch.jit.is_scripting():
+        return condition
+    else:
+        return _always(condition) if exporting() else bool(condition)
+
+
+def _always(condition: bool | torch.SymBool) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy
+
+    return statically_known_true(condition)
