@@ -127,9 +127,9 @@ def fuse(
             each block also tells the next its output's row statistics, unless one of the two has hooks. On a CPU under ``auto``
             nothing uses the copies: blocks run timm's forward there. Changed parameters (``load_state_dict``, ``.half()``, a
             step of an optimizer) are folded again at the next call, but a graph that ``torch.compile`` has made does not see
-            them (those of ``torch.fx`` and ``torch.jit.trace`` do: they run on the parameters), and nobody sees writes that
-            PyTorch does not count: through ``parameter.data`` (as PEFT merges), NumPy or DLPack, by optimizers with
-            ``fused=True``, ``torch.distributed``'s collectives or another process, to parameters made under
+            them (those of ``torch.fx``, ``torch.jit.trace`` and ``torch.export`` run on the parameters), and nobody sees
+            writes that PyTorch does not count: through ``parameter.data`` (as PEFT merges), NumPy or DLPack, by optimizers
+            with ``fused=True``, ``torch.distributed``'s collectives or another process, to parameters made under
             ``inference_mode``, or to FSDP1's with ``use_orig_params=True``. A CUDA graph reads the copies that were there when
             it was captured: capture it again after parameters changed, or were moved, and after ``train()``.
             ``train()``, ``unfuse`` and a ``fuse`` without this argument drop the copies.

@@ -160,8 +160,8 @@ def _state(tensors: list[Tensor]) -> State | None:
 
 def current(block: nn.Module) -> FoldedBlock | None:
     """What ``block`` may multiply with in this call instead of its parameters; None for those."""
-    # A trace is made twice, with gradients and, for PyTorch's check, without.
-    if torch.is_grad_enabled() or torch.jit.is_tracing():
+    # What leaves Python keeps the parameters, which can be loaded and cast. A trace is made twice, with gradients and without.
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or _availability.exporting():
         return None
     compiling = torch.compiler.is_compiling()
     if compiling:

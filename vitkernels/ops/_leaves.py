@@ -104,8 +104,8 @@ def residual_mlp(
 
 def ones(branch: Tensor, gamma: Tensor | None) -> Tensor:
     """(B, 1, 1) for a branch of (B, N, D), of the dtype that it has after LayerScale."""
-    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
-    return branch.new_ones([branch.shape[0]] + [1] * (branch.dim() - 1), dtype=dtype)
+    mask = branch.new_ones([branch.shape[0]] + [1] * (branch.dim() - 1))
+    return mask if gamma is None or gamma.dtype == branch.dtype else mask.to(torch.promote_types(branch.dtype, gamma.dtype))
 
 
 def patch_embed(
