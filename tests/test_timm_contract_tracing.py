@@ -565,3 +565,18 @@ def test_optimizer_step_of_an_fsdp2_model():
         model(x).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["drop path", "naflex"])
+def test_a_trace_of_the_fused_forward_can_be_cast(kind):
+    if kind == "naflex":
+        stock, fused = stock_and_fused("naflexvit_base_patch16_gap", img_size=None, pos_embed_grid_size=(7, 7))
+    else:
+        stock, fused = stock_and_fused(drop_path_rate=1e-9, init_values=0.1)  # masks that keep all
+        stock.train(), fused.train()
+    x = images()
+    program = torch.jit.trace(fused, x, check_trace=False)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
+        got = program.to(dtype)(x.to(dtype))
+        torch.testing.assert_close(got, stock.to(dtype)(x.to(dtype)), rtol=tolerance, atol=tolerance)
