@@ -692,6 +692,17 @@ def test_a_graph_that_is_made_after_parameters_changed_has_the_new_ones(change, 
 
 
 @on_a_cpu
+def test_a_model_is_exported_while_the_copies_of_another_are_stale():
+    _, other = folded()
+    stock, model = folded(init_values=0.5)
+    with torch.no_grad():
+        other(IMAGES), model(IMAGES)
+        doubled(other.parameters())
+        program = torch.export.export(model, (IMAGES,)).module()
+        torch.testing.assert_close(program(IMAGES), stock(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+@on_a_cpu
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_that_are_compiled_one_by_one_share_a_graph(dtype):
