@@ -87,14 +87,17 @@ def test_what_torch_jit_trace_and_onnx_take_along_from_a_gpu_is_timms(settings, 
         traced = torch.jit.trace(fused, x)
         torch.jit.save(traced, io.BytesIO())
         assert counted(fused, x)[1] == 2
-        monkeypatch.setattr("torch.compiler._is_exporting_flag", True)
-        monkeypatch.setattr("torch.onnx.is_in_onnx_export", lambda: True)
-        recorded, ran = counted(fused, x)
+        monkeypatch.setattr("torch.onnx._internal.exporter._flags._is_onnx_exporting", True)
+        _, ran = counted(torch.export.export, fused, (x,))
+        with torch.no_grad():
+            programs = [torch.export.export(fused, (x,), strict=strict) for strict in (False, True)]  # as ONNX tries them
     with vitkernels.backend("reference"):
         torch.jit.trace(fused, x)
     assert ran == (2 if "recompute" in settings else 0)  # a promise to save memory is kept, by PyTorch's operators
     assert torch.equal(traced(other), stock(other))
-    assert torch.equal(recorded, stock(x))
+    for program in programs:
+        assert "vitkernels" not in str(program.graph)
+        assert torch.equal(program.module()(other), stock(other))
 
 
 # TorchScript, deprecated by torch and used by timm's users.
@@ -285,6 +288,16 @@ def test_export_with_a_dynamic_batch_on_a_gpu_is_for_every_batch(strict):
     assert (lower, upper) == (1, 4096)
     x = images(3)
     assert_same(program.module()(x), stock(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_exported_on_a_gpu_asks_for_no_device(strict):
+    """A recorded cast, even one that changes nothing, checks that its tensor is where it was when it was recorded."""
+    _, fused = stock_and_fused()
+    with _select.targeting("sm_90"), torch.no_grad():
+        program = torch.export.export(fused, (images(3),), dynamic_shapes=({0: Dim.DYNAMIC},), strict=strict)
+    assert "vitkernels" in str(program.graph)
+    assert [node for node in program.graph.nodes if "assert_tensor_metadata" in str(node.target)] == []
 
 
 def test_export_with_dynamic_height_and_width():

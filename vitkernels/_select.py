@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _env, _settings
-from .reference.pos_embed import holds as holds
+from ._recording import holds
 
 _logger = logging.getLogger("vitkernels")
 _Function = TypeVar("_Function", bound=Callable)
@@ -127,7 +127,7 @@ def takes_kernels(x: Tensor) -> bool:
     """
     if target(x) is None or torch.jit.is_tracing():
         return False
-    return not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    return not (torch.compiler.is_compiling() and _for_onnx())
 
 
 def run_by_dynamo(function: _Function) -> _Function:
@@ -137,6 +137,11 @@ def run_by_dynamo(function: _Function) -> _Function:
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+@run_by_dynamo
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 @run_by_dynamo

@@ -110,9 +110,10 @@ def fuse(
     made with ``create_graph=True``) raises, and inside ``with vitkernels.backend("reference")`` PyTorch's operators give it.
 
     On a CPU, what ``torch.export``, ``torch.jit`` and ``make_fx`` make of the model holds PyTorch's operators alone, and loads
-    where vitkernels is not installed; on a GPU, what ``torch.jit`` and ``torch.onnx.export`` make of it. In a graph of
-    ``torch.fx`` that is traced where kernels run, a block is a few operators: a feature extractor can ask for the outputs of
-    blocks there, and not for those of the layers inside.
+    where vitkernels is not installed; on a GPU, what ``torch.jit`` and ``torch.onnx.export`` make of it. A program that
+    ``torch.export`` makes on a GPU calls vitkernels' operators with the dtypes of that moment: cast the model before. In a
+    graph of ``torch.fx`` that is traced where kernels run, a block is a few operators: a feature extractor can ask for the
+    outputs of blocks there, and not for those of the layers inside.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.

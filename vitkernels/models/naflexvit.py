@@ -118,7 +118,7 @@ class FusedNaFlexEmbeds(NaFlexEmbeds):
             preserve_aspect_ratio=bool(self.pos_embed_ar_preserving),
             pad_to=pad_to,
         )
-        return rows if rows.dtype == dtype else rows.to(dtype)  # recorded, a cast to the same would bind a trace to it
+        return _availability.cast(rows, dtype)
 
     def why_not_merged(self) -> list[str]:
         """Reasons why a call with whole images would take timm's steps; empty when one operator does it."""

@@ -3,9 +3,10 @@
 import torch
 
 from .. import _select
-from .._select import acts as acts  # these for models, which ask here alone
+from .._recording import cast as cast  # these for models, which ask here alone
+from .._recording import exporting as exporting
+from .._select import acts as acts
 from .._select import run_by_dynamo as run_by_dynamo
-from ..reference.pos_embed import exporting as exporting
 from .attention import why_not as attention_why_not
 from .layer_norm import why_not as layer_norm_why_not
 from .linear import why_not as linear_why_not

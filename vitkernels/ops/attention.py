@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _select, reference
+from .._recording import cast
 from ..reference.attention import dense
 from . import _check
 from ._autograd import first_order
@@ -333,7 +334,7 @@ def _use_kernel(op: str, x: Tensor, why_not: Callable[[], list[str]], min_bytes:
 def _autocast(x: Tensor) -> Tensor:
     """As autocast casts the arguments of ``scaled_dot_product_attention``: all but float64."""
     dtype = _select.autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+    return x if dtype is None or x.dtype == torch.float64 else cast(x, dtype)
 
 
 def _additive(bias: Tensor | None, q: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _select, reference
+from .._recording import cast
 from ..reference.linear import ACTIVATIONS, activate
 from . import _check
 from ._autograd import first_order
@@ -381,8 +382,8 @@ def linear(
     dtype = compute_dtype(x)
     norm_weight, norm_bias, eps = (None, None, None) if norm is None else norm
     return _Linear.apply(
-        x if norm is not None else x.to(dtype),
-        weight.to(dtype),
+        x if norm is not None else cast(x, dtype),
+        cast(weight, dtype),
         bias,
         norm_weight,
         norm_bias,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _env, _select, reference
+from .._recording import cast
 from ..reference.linear import ACTIVATIONS
 from ..reference.mlp import Parameters
 from . import _check
@@ -219,8 +220,8 @@ def _run(x, owed, parameters, eps, act, layer_scale, drop_path, recompute, infer
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     dtype = compute_dtype(x)
     return _Mlp.apply(
-        x, norm_weight, norm_bias, fc1_weight.to(dtype), fc1_bias, fc2_weight.to(dtype), fc2_bias, layer_scale, drop_path, owed,
-        eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype, inference),
+        x, norm_weight, norm_bias, cast(fc1_weight, dtype), fc1_bias, cast(fc2_weight, dtype), fc2_bias, layer_scale, drop_path,
+        owed, eps, act, recompute, promoted(dtype, layer_scale, drop_path, x), *gemm_settings(x, dtype, inference),
     )  # fmt: skip
 
 

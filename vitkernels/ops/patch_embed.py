@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _select, reference
+from .._recording import cast, holds
 from ..reference.patch_embed import normalise, pixel_statistics
 from . import _check
 from ._autograd import first_order
@@ -118,7 +119,7 @@ def why_not(images: Tensor, weight: Tensor, *others: Tensor | None) -> list[str]
         reasons.append(f"the patch_embed kernel takes float32, float16, bfloat16 and uint8, got {', '.join(unsupported)}")
     if 0 in weight.shape:
         reasons.append(f"a weight of shape {tuple(weight.shape)} has no elements")
-    elif _select.holds(images.shape[0] * _num_patches(images, weight) > MAX_PATCHES):
+    elif holds(images.shape[0] * _num_patches(images, weight) > MAX_PATCHES):
         reasons.append(f"a batch of more than {MAX_PATCHES} patches")
     return reasons
 
@@ -270,7 +271,9 @@ def patch_embed(
         out_dtype = out_dtype if t is None else torch.promote_types(out_dtype, t.dtype)
     allow_tf32 = dtype == torch.float32 and _allows_tf32()
     settings = (out_dtype, allow_tf32, _select.choose_plan(PLANS, lambda: "auto"), _select.target(images) or "")
-    return _PatchEmbed.apply(images, weight.to(dtype), bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std, *settings)
+    return _PatchEmbed.apply(
+        images, cast(weight, dtype), bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std, *settings
+    )
 
 
 @_select.run_by_dynamo

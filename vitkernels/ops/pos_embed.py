@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx.experimental import proxy_tensor
 
 from .. import _env, _select
+from .._recording import exporting
 from ..reference import pos_embed as reference
 from . import _check
 from ._register import register
@@ -200,7 +201,7 @@ def _why_not_built_for(arch: str) -> list[str]:
 
 def _records_a_program() -> bool:
     """Is this call recorded to be saved, and so to run where there may be no vitkernels?"""
-    return reference.exporting() or _jit_tracing() or _fx_tracing()
+    return exporting() or _jit_tracing() or _fx_tracing()
 
 
 def _jit_tracing() -> bool:

@@ -7,8 +7,8 @@
 import torch
 from torch import Tensor
 
+from .._recording import exporting
 from .linear import scriptable_linear
-from .pos_embed import exporting
 
 # Weight and bias of LayerNorm, fc1 and fc2.
 Parameters = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._recording import cast
+
 
 def patch_embed(
     images: Tensor,
@@ -34,9 +36,8 @@ def patch_embed(
 ) -> Tensor:
     """Equations (1) to (3). See ``vitkernels.ops.patch_embed``."""
     mean, std = pixel_statistics(mean, std, images, weight)
-    # Only where it changes something: a cast that does not would be recorded, too, and tie a program to this dtype and device.
-    if images.dtype not in (torch.uint8, weight.dtype):
-        images = images.to(weight.dtype)
+    if images.dtype != torch.uint8:
+        images = cast(images, weight.dtype)
     return scriptable_patch_embed(images, weight, bias, prefix_tokens, pos_embed, pos_embed_prefix, mean, std)
 
 
@@ -73,7 +74,7 @@ def pixel_statistics(mean: Any, std: Any, images: Tensor, weight: Tensor) -> tup
     Raises:
         TypeError, ValueError: no numbers, not one for each channel, not finite, or a ``std`` of 0.
     """
-    channels, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
+    channels, dtype = weight.shape[1], torch.promote_types(torch.float32, weight.dtype)
     found = []
     for name, value in (("mean", mean), ("std", std)):
         if value is not None and not isinstance(value, Tensor):
@@ -103,5 +104,5 @@ def _numbers(name: str, value: Any, channels: int, dtype: torch.dtype) -> list[f
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Equation (1) of uint8 images, in float32 (float64 for a float64 ``mean``). Both are constants."""
     # Divided by a tensor instead of cast: an exported cast asserts the device, too.
-    largest = mean.new_full([1], 255.0, dtype=torch.float64 if mean.dtype == torch.float64 else torch.float32)
+    largest = mean.new_full([1], 255.0, dtype=torch.promote_types(torch.float32, mean.dtype))
     return (images / largest - mean.detach().view(-1, 1, 1)) / std.detach().view(-1, 1, 1)

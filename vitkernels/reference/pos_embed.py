@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._recording import holds
+
 _logger = logging.getLogger("vitkernels")
 
 
@@ -129,29 +131,3 @@ def unchanged(posemb: Tensor, new_size: tuple[int, int], old_size: tuple[int, in
     if old_size is None:
         return holds(new_size[0] == new_size[1])
     return holds(old_size[0] == new_size[0]) and holds(old_size[1] == new_size[1])
-
-
-def exporting() -> bool:
-    """Is this call recorded by ``torch.export`` (and so for ONNX and AOTInductor)?"""
-    # Not torch.compiler.is_exporting(): Dynamo of torch 2.11 takes it for True under torch.compile, too.
-    if torch.jit.is_scripting():
-        return False
-    else:
-        return torch.compiler._is_exporting_flag
-
-
-def holds(condition: bool) -> bool:
-    """``condition``, about sizes. While ``torch.export`` records: does it hold for all sizes that the program is made for?
-
-    Asked in any other way, it would become a condition of the program, which refuses the sizes on the other side.
-    """
-    if torch.jit.is_scripting():
-        return condition
-    else:
-        return _always(condition) if exporting() else bool(condition)
-
-
-def _always(condition: bool | torch.SymBool) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy
-
-    return statically_known_true(condition)
