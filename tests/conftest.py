@@ -42,7 +42,14 @@ def pytest_collection_finish():
 
 
 # Each compiles or runs first what all of its tests look at.
-MADE_ONCE = ("test_benchmarks.py", "test_import.py", "test_inspect.py", "test_linear_aot.py", "test_pos_embed_source.py")
+MADE_ONCE = (
+    "test_benchmarks.py",
+    "test_import.py",
+    "test_inspect.py",
+    "test_linear_aot.py",
+    "test_pos_embed_source.py",
+    "test_stub_driver.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook

@@ -30,15 +30,25 @@ def python(*arguments, without=(), **variables):
     return done.stdout
 
 
-def launches(room):
-    """By case; every case has run, and what reached the driver is what the recorder of launches counts."""
-    lines = [json.loads(line) for line in python(str(HERE / "stub_driver" / "launches.py"), room).splitlines()]
-    assert not [line for line in lines if "error" in line]
-    assert not [line for line in lines if line["launches"] != line["recorded"]]
-    return {line["case"]: line["launches"] for line in lines}
+@pytest.fixture(scope="module")
+def lines():
+    return [json.loads(line) for line in python(str(HERE / "stub_driver" / "launches.py")).splitlines()]
 
 
-def test_every_registered_operator_is_launched():
+@pytest.fixture
+def launches(lines):
+    """Of a room, by case; every case has run, and what reached the driver is what the recorder of launches counts."""
+
+    def launches(room):
+        found = [line for line in lines if line["room"] == room]
+        assert not [line for line in found if "error" in line]
+        assert not [line for line in found if line["launches"] != line["recorded"]]
+        return {line["case"]: line["launches"] for line in found}
+
+    return launches
+
+
+def test_every_registered_operator_is_launched(launches):
     counts = defaultdict(int)
     for case, count in launches("operators").items():
         counts[case.partition(" ")[0]] += count
@@ -47,7 +57,7 @@ def test_every_registered_operator_is_launched():
     assert {name for name, count in counts.items() if count == 0} == not_of_triton
 
 
-def test_every_public_function_is_launched_forward_and_backward():
+def test_every_public_function_is_launched_forward_and_backward(launches):
     found = launches("functions")
     assert found["layer_norm"] == 3  # forward; backward, and the sum of its partial gradients
     assert found["attention_qkv of many heads"] == 2  # forward; backward in one program a head
@@ -56,7 +66,7 @@ def test_every_public_function_is_launched_forward_and_backward():
     assert {case.partition(",")[0].split()[0] for case in found} >= {"add_layer_norm", "attention", "mlp", "patch_embed"}
 
 
-def test_fused_models_are_launched():
+def test_fused_models_are_launched(launches):
     found = launches("models")
     kinds = {case.partition(",")[0] for case in found}
     assert kinds == {"plain", "LayerScale", "inference", "uint8", "attention pooling", "NaFlex"}

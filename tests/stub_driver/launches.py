@@ -1,7 +1,8 @@
-"""``python tests/stub_driver/launches.py operators|functions|models``: launches of each call, as JSON lines on standard output.
+"""``python tests/stub_driver/launches.py``: launches of each call, as JSON lines on standard output.
 
-A line has ``launches``, which reached the driver, and ``recorded``, which ``kernels/_recorder.py`` counts for the same call; or
-``error``. Forward and backward: every registered operator by itself; every public function through autograd; fused models.
+A line has ``room`` and ``case``, and ``launches``, which reached the driver, and ``recorded``, which ``kernels/_recorder.py``
+counts for the same call; or ``error``. Rooms, forward and backward: ``operators``, every registered one by itself;
+``functions``, every public one through autograd; ``models``, fused ones.
 """
 
 import json
@@ -130,20 +131,21 @@ def recorded(call: Callable[[], object]) -> int:
     return len(kernels)
 
 
-def main(room: str) -> None:
-    cases = {"operators": operators, "functions": functions, "models": models}[room]
+def launches(call: Callable[[], object]) -> dict[str, object]:
+    try:
+        before = STUB.launches()
+        call()
+        return {"launches": STUB.launches() - before, "recorded": recorded(call)}
+    except Exception as error:  # whatever Triton, PyTorch or a launcher refuses is what this looks for
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
     with vk.backend("fused"):
-        for name, call in cases():
-            line: dict[str, object] = {"case": name}
-            try:
-                before = STUB.launches()
-                call()
-                line["launches"] = STUB.launches() - before
-                line["recorded"] = recorded(call)
-            except Exception as error:  # whatever Triton, PyTorch or a launcher refuses is what this looks for
-                line["error"] = f"{type(error).__name__}: {error}"
-            print(json.dumps(line), flush=True)
+        for room in (operators, functions, models):
+            for name, call in room():
+                print(json.dumps({"room": room.__name__, "case": name, **launches(call)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
