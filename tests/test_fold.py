@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import importlib
+import io
 import pickle
+import pydoc
 import sys
 import threading
 
@@ -549,6 +551,20 @@ def test_a_copy_and_a_pickle_fold_again_and_hold_no_memory_of_the_original():
         assert copied.blocks[0]._vk_folded is None
         assert_follows(copied, stock)
         assert uses_folded(copied)
+
+
+@on_a_cpu
+def test_a_saved_model_with_copies_loads_with_weights_only_as_timms():
+    stock, model = folded(init_values=0.1)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    with torch.serialization.safe_globals([pydoc.locate(name) for name in named]):
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+    assert loaded.blocks[0]._vk_folded is None
+    assert_follows(loaded, stock)
 
 
 @on_a_cpu

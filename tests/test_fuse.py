@@ -463,6 +463,11 @@ def test_explain_of_other_block_classes_names_them():
     assert any("has no fused form of timm.models.eva.EvaBlock" in r for m in report.modules for r in m.reasons)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_explain_of_a_scripted_model_finds_nothing_fused():
+    assert not any(module.fused for module in vk.explain(torch.jit.script(vk.fuse(small()))).modules)
+
+
 def test_a_hybrid_stem_keeps_timms_path_and_its_blocks_are_fused():
     model = timm.create_model("vit_tiny_r_s16_p8_224", depth=2, img_size=64).eval()
     images = torch.randn(1, 3, 64, 64)

@@ -363,6 +363,12 @@ def test_an_image_that_is_no_whole_patches_is_refused_by_its_size(size):
             model(images(size=size))
 
 
+def test_an_array_of_numpy_is_refused_as_in_timm():
+    for model in stock_and_fused():
+        with pytest.raises(TypeError, match=r"conv2d\(\) received .*numpy.ndarray"):
+            model(images().numpy())
+
+
 @pytest.mark.parametrize("wrong", ["channels", "dimensions"])
 def test_images_that_are_none_are_refused(wrong):
     stock, fused = stock_and_fused()

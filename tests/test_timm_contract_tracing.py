@@ -1,6 +1,8 @@
 """A fused timm model passes through what reads, traces, compiles, exports, transforms or distributes models."""
 
 import io
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,10 +22,13 @@ from test_timm_contract import (
 from timm.layers import Mlp, create_feature_extractor, get_graph_node_names
 from timm.models import FeatureGraphNet
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitkernels
 from vitkernels import _select
@@ -131,6 +136,18 @@ def test_torch_jit_trace_is_bitwise_timms_and_leaves_the_live_model_fused():
     assert ran == 2
     assert torch.equal(traced(other), stock(other))
     assert_runs_fused(fused, stock, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"class_token": False, "global_pool": "map"}])
+def test_torch_jit_trace_warns_as_often_as_of_timms(options, monkeypatch):
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    counts = []
+    for model in stock_and_fused(**options):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.jit.trace(model, images(), check_trace=False)
+        counts.append(sum(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught))
+    assert counts[1] == counts[0]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -288,6 +305,31 @@ def test_export_with_a_dynamic_batch_on_a_gpu_is_for_every_batch(strict):
     assert (lower, upper) == (1, 4096)
     x = images(3)
     assert_same(program.module()(x), stock(x))
+
+
+def _made_by_make_fx(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    parameters = dict(model.named_parameters())
+    graph = make_fx(lambda parameters, x: torch.func.functional_call(model, parameters, (x,)))(parameters, x)
+    return lambda x: graph(parameters, x)
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
+def test_a_program_recorded_on_a_gpu_with_gradients_enabled_has_them(how, monkeypatch):
+    """The operators around kernels have none, and a graph keeps no function of autograd: PyTorch would leave them out."""
+    monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    stock, fused = stock_and_fused()
+    x, other = images(), images().requires_grad_()
+    with _select.targeting("sm_90"):
+        if how == "make_fx":
+            program, parameters = _made_by_make_fx(fused, x), fused.parameters()
+        else:
+            program = torch.export.export(fused, (x,), strict=how == "strict export").module()
+            parameters = program.parameters()
+    program(other).square().mean().backward()
+    gradients = [other.grad, *(p.grad for p in parameters)]
+    other.grad = None
+    stock(other).square().mean().backward()
+    assert_same(gradients, [other.grad, *(p.grad for p in stock.parameters())])
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -510,6 +552,19 @@ def test_vmap_of_grad_over_a_fused_model_gives_per_sample_gradients(recompute):
     assert ran == 2
     expected = per_sample_gradients(stock, x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [None, "mlp"])
+def test_forward_mode_gives_timms_tangents(recompute):
+    stock, fused = stock_and_fused(init_values=0.1)
+    vitkernels.fuse(fused, recompute=recompute)
+    x, tangent = images(), images()
+
+    def pushed(model):
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
+
+    torch.testing.assert_close(pushed(fused), pushed(stock), rtol=1e-4, atol=1e-4)
 
 
 def test_vmap_over_an_ensemble_of_weights():

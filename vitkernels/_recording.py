@@ -1,7 +1,8 @@
-"""What a program that records this call makes us ask in another way, and leave undone. TorchScript can compile all of it."""
+"""What a program that records this call makes us ask in another way, and leave undone."""
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 
 
 def exporting() -> bool:
@@ -11,6 +12,15 @@ def exporting() -> bool:
         return False
     else:
         return torch.compiler._is_exporting_flag
+
+
+def fx_tracing() -> bool:
+    """Does ``make_fx`` record? Also for ``aot_module``, but not under ``torch.compile``, whose graphs stay in this process."""
+    # make_fx is a mode of one kind or of the other. Without any, which is quickly seen, nothing is asked.
+    watched = not torch.compiler.is_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    )
+    return watched and proxy_tensor.get_proxy_mode() is not None
 
 
 def holds(condition: bool) -> bool:

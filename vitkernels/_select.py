@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _env, _settings
-from ._recording import holds
+from ._recording import exporting, fx_tracing, holds
 
 _logger = logging.getLogger("vitkernels")
 _Function = TypeVar("_Function", bound=Callable)
@@ -121,13 +121,8 @@ def target(x: Tensor) -> str | None:
 
 
 def takes_kernels(x: Tensor) -> bool:
-    """Does ``auto`` run kernels on ``x``? It is on an NVIDIA GPU, and not traced for a program that could not hold them.
-
-    ``torch.jit.trace`` cannot save them, and no ONNX runtime knows them. What ``torch.export`` makes is loaded by Python.
-    """
-    if target(x) is None or torch.jit.is_tracing():
-        return False
-    return not (torch.compiler.is_compiling() and _for_onnx())
+    """Does ``auto`` run kernels on ``x``? It is on an NVIDIA GPU, and not recorded for a program that could not hold them."""
+    return target(x) is not None and not torch.jit.is_tracing() and not _recorded_without_kernels()
 
 
 def run_by_dynamo(function: _Function) -> _Function:
@@ -140,8 +135,14 @@ def run_by_dynamo(function: _Function) -> _Function:
 
 
 @run_by_dynamo
-def _for_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
+def _recorded_without_kernels() -> bool:
+    """Is this call recorded for ONNX, whose runtimes know no kernels of ours, or for a program that may be asked for gradients?
+
+    The operators around kernels have none: those are in the functions of autograd that call them, which no program keeps.
+    """
+    if exporting():
+        return torch.is_grad_enabled() or torch.onnx.is_in_onnx_export()
+    return torch.is_grad_enabled() and fx_tracing()
 
 
 @run_by_dynamo

@@ -110,10 +110,11 @@ def fuse(
     made with ``create_graph=True``) raises, and inside ``with vitkernels.backend("reference")`` PyTorch's operators give it.
 
     On a CPU, what ``torch.export``, ``torch.jit`` and ``make_fx`` make of the model holds PyTorch's operators alone, and loads
-    where vitkernels is not installed; on a GPU, what ``torch.jit`` and ``torch.onnx.export`` make of it. A program that
-    ``torch.export`` makes on a GPU calls vitkernels' operators with the dtypes of that moment: cast the model before. In a
-    graph of ``torch.fx`` that is traced where kernels run, a block is a few operators: a feature extractor can ask for the
-    outputs of blocks there, and not for those of the layers inside.
+    where vitkernels is not installed; on a GPU, what ``torch.jit`` and ``torch.onnx.export`` make of it, and the others while
+    gradients are enabled. Under ``torch.no_grad``, or inside ``with vitkernels.backend("fused")``, ``torch.export`` and
+    ``make_fx`` record vitkernels' operators on a GPU: that program is for inference in the dtypes of that moment, it has no
+    gradients and cannot be cast. In a graph of ``torch.fx`` that is traced where kernels run, a block is a few operators: a
+    feature extractor can ask for the outputs of blocks there, and not for those of the layers inside.
 
     Args:
         model: any module that contains ``timm.models.vision_transformer.Block``.
@@ -329,9 +330,9 @@ def _apart(model: nn.Module, name: str, module: nn.Module) -> list[str]:
 
     if isinstance(module, FusedNaFlexEmbeds):
         return module.why_not_merged()
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(module, FusedPatchEmbed) or owner is module:
+    if not isinstance(module, FusedPatchEmbed) or not name:
         return []
+    owner = model.get_submodule(name.rpartition(".")[0])  # a TorchScript module refuses, but contains none of ours
     if not isinstance(owner, FusedVisionTransformer) or owner._modules.get("patch_embed") is not module:
         return [f"{type(owner).__name__} has its own"]
     return owner.why_not_merged()

@@ -54,7 +54,11 @@ class Copies:
         return None
 
     def __reduce__(self) -> tuple:
-        return type(None), ()
+        return _left_out, ()
+
+
+def _left_out() -> None:
+    """What a pickle has in the place of copies: a function of ours, which ``torch.load(weights_only=True)`` can be told of."""
 
 
 def fold(block: nn.Module) -> Copies:

@@ -104,6 +104,12 @@ def example(module: nn.Module, x: Any) -> Any:
     return x if isinstance(x, Tensor) else next(module.parameters(), x)
 
 
+def traced_as_timms(module: nn.Module, x: Any) -> bool:
+    """Is this call traced where no kernel runs? What ``torch.fx`` and ``torch.jit`` make there is timm's: it loads anywhere."""
+    traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    return traced and _availability.leaves_to_pytorch(example(module, x))
+
+
 def attribute(module: nn.Module, name: str) -> Any:
     """``module.name`` for a tensor or None, found where ``nn.Module`` looks for it.
 

@@ -15,7 +15,6 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..ops import _availability
 from ..ops._leaves import resample_pos_embed
 from . import _guard
 
@@ -39,9 +38,7 @@ class FusedPositions(VisionTransformer):
     def _pos_embed(self, x, *args, **kwargs):
         if not isinstance(self, FusedPositions):  # unfused since this method was bound
             return VisionTransformer._pos_embed(self, x, *args, **kwargs)
-        # A graph of torch.fx that is traced where no other kernel runs is timm's, and needs no vitkernels to be loaded.
-        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
-        apart = traced or not self.dynamic_img_size or self.pos_embed is None or args or kwargs
+        apart = _guard.traced_as_timms(self, x) or not self.dynamic_img_size or self.pos_embed is None or args or kwargs
         if apart or self.why_not_resampled() or _guard.patched(_SHIPPED):
             return super()._pos_embed(x, *args, **kwargs)
         batch, height, width, channels = x.shape

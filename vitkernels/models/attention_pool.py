@@ -13,7 +13,6 @@ from timm.layers import AttentionPoolLatent
 from timm.layers.attention_pool import F, maybe_add_mask  # noqa: F401  names in timm's source, for TorchScript
 from torch import Tensor
 
-from ..ops import _availability
 from ..ops._leaves import attention
 from . import _guard
 
@@ -35,9 +34,7 @@ class FusedAttentionPool(AttentionPoolLatent):
     def forward(self, x, *args, **kwargs):
         if not isinstance(self, FusedAttentionPool):  # unfused since this method was bound
             return AttentionPoolLatent.forward(self, x, *args, **kwargs)
-        # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
-        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
-        if traced or _guard.acts(x, *args, *kwargs.values()) or self.why_not():
+        if _guard.traced_as_timms(self, x) or _guard.acts(x, *args, *kwargs.values()) or self.why_not():
             return super().forward(x, *args, **kwargs)
         return self._vk_fused(x, *args, **kwargs)
 

@@ -52,9 +52,7 @@ class FusedPatchEmbed(PatchEmbed):
             return PatchEmbed.forward(self, x, *args, **kwargs)
         if type(x) is _Images:
             return _Embedded(x.model._vk_embed(x.pixels))
-        # A graph of torch.fx that is traced where there is no kernel is timm's, and needs no vitkernels to be loaded.
-        traced = isinstance(x, torch.fx.Proxy) and _availability.leaves_to_pytorch(_guard.example(self, x))
-        if traced or args or kwargs or _guard.acts(x) or self.why_not():
+        if _guard.traced_as_timms(self, x) or args or kwargs or _guard.acts(x) or self.why_not():
             return self._vk_timms(x, *args, **kwargs)
         tokens = self._vk_embed(x, None, None, True)
         if not self.flatten and self.output_fmt == Format.NHWC:
@@ -64,7 +62,7 @@ class FusedPatchEmbed(PatchEmbed):
     def _vk_timms(self, x, *args, **kwargs):
         """timm's forward, which takes uint8 images too where ours does."""
         statistics = self._statistics()
-        pixels = x if statistics is None else float_pixels(x, statistics, _dtype_of(self.proj))
+        pixels = x if statistics is None else float_pixels(x, statistics, _weight_of(self.proj))
         return super().forward(pixels, *args, **kwargs)
 
     def _vk_embed(self, x: Tensor, prefix_tokens: Tensor | None, pos_embed: Tensor | None, pos_embed_prefix: bool) -> Tensor:
@@ -170,9 +168,9 @@ def clear_pixel_statistics(module: nn.Module) -> None:
         module._non_persistent_buffers_set.discard(_STATISTICS)
 
 
-def _dtype_of(proj: nn.Module) -> torch.dtype:
-    """Of what ``proj`` multiplies with, whatever module it is."""
-    return next((t.dtype for module in proj.modules() for t in _guard.tensors(module)), torch.get_default_dtype())
+def _weight_of(proj: nn.Module) -> Tensor:
+    """A tensor that ``proj`` multiplies with, whatever module it is, or an empty one."""
+    return next((t for module in proj.modules() for t in _guard.tensors(module)), torch.empty(0))
 
 
 class FusedVisionTransformer(FusedPositions):
@@ -281,7 +279,7 @@ class _Embedded(NamedTuple):
 def _to_merge(model, x):
     # In a graph of torch.fx the output of patch_embed is a node that a feature extractor may ask for, and what export records
     # is cut at the calls of modules (torch.distributed.pipelining). A model may have been unfused since its method was bound.
-    cut = isinstance(x, torch.fx.Proxy) or _availability.exporting() or _guard.acts(x)
+    cut = isinstance(x, torch.fx.Proxy) or _availability.exporting() or _guard.traced_as_timms(model, x) or _guard.acts(x)
     return x if cut or not isinstance(model, FusedVisionTransformer) or model.why_not_merged() else _Images(x, model)
 
 

@@ -137,10 +137,10 @@ def patch_embed(
         )
 
 
-def float_pixels(images: Tensor, statistics: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images normalised, in ``dtype``; others as they are."""
+def float_pixels(images: Tensor, statistics: Tensor, weight: Tensor) -> Tensor:
+    """uint8 images normalised, in ``weight``'s dtype; others as they are."""
     mean, std = statistics_of(images, statistics)
-    return images if mean is None or std is None else normalise(images, mean, std).to(dtype)
+    return images if mean is None or std is None else normalise(images, mean, std).type_as(weight)
 
 
 def statistics_of(images: Tensor, statistics: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

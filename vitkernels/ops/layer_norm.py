@@ -108,7 +108,7 @@ def _add_layer_norm_fwd_fake(x, residual, weight, bias, layer_scale, eps, stream
 def _add_layer_norm_fwd_reference(x, residual, weight, bias, layer_scale, eps, stream_dtype, out_dtype):
     compute = torch.promote_types(torch.float32, stream_dtype)
     branch = x.to(compute) if layer_scale is None else x.to(compute) * layer_scale.to(compute)
-    stream = (residual.to(compute) + branch).to(stream_dtype)
+    stream = (residual.to(compute) + branch).to(stream_dtype).contiguous()
     y, mean, rstd = _layer_norm_fwd_reference(stream, weight, bias, eps, out_dtype)
     return y, stream, mean, rstd
 

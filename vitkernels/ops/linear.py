@@ -48,7 +48,7 @@ def _linear_fwd_reference(
     y = y if layer_scale is None else y * layer_scale
     y = y if drop_path is None else y * drop_path
     y = y if residual is None else residual + y
-    return y.to(out_dtype), z.to(dtype, copy=True) if preact == "also" else z.new_empty(0, dtype=dtype)
+    return y.to(out_dtype).contiguous(), z.to(dtype, copy=True) if preact == "also" else z.new_empty(0, dtype=dtype)
 
 
 register(
@@ -88,10 +88,10 @@ def _linear_bwd_reference(dy, z, act, layer_scale, drop_path, dtype, need_dz, ne
     if z is not None:
         z = z.to(compute)
         u, dz = activate(z, act), dz * _derivative(act, z)
-    nothing = dy.new_empty(0)
+    nothing, rows = dy.new_empty(0), torch.contiguous_format
     return (
-        dz.to(dtype, copy=True) if need_dz else nothing.to(dtype, copy=True),
-        u.to(dtype, copy=True) if need_u else nothing.to(dtype, copy=True),
+        dz.to(dtype, copy=True, memory_format=rows) if need_dz else nothing.to(dtype, copy=True),
+        u.to(dtype, copy=True, memory_format=rows) if need_u else nothing.to(dtype, copy=True),
         flat(dz).sum(0) if need_dbias else nothing.to(compute, copy=True),
         flat(g * u).sum(0) if need_dlayer_scale else nothing.to(compute, copy=True),
     )
@@ -125,7 +125,7 @@ def _layer_scale_bwd_reference(product, sums, weight, bias, layer_scale, need_dw
         dlayer_scale = (weight.to(sums.dtype) * product).sum(1)
         dlayer_scale = dlayer_scale if bias is None else dlayer_scale + bias.to(sums.dtype) * sums
     return tuple(
-        value.to((weight if like is None else like).dtype, copy=True)
+        value.to((weight if like is None else like).dtype, copy=True, memory_format=torch.contiguous_format)
         for value, like in ((dweight, weight), (dbias, bias), (dlayer_scale, layer_scale))
     )
 

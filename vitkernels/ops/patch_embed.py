@@ -126,7 +126,7 @@ def why_not(images: Tensor, weight: Tensor, *others: Tensor | None) -> list[str]
 
 def convolves(images: Tensor, weight: Tensor) -> bool:
     """Would PyTorch's convolution take these images and this weight now? ``patch_embed`` itself rounds the images."""
-    if images.shape[-2] < weight.shape[2] or images.shape[-1] < weight.shape[3]:
+    if not isinstance(images, Tensor) or images.shape[-2] < weight.shape[2] or images.shape[-1] < weight.shape[3]:
         return False
     if images.dtype in (weight.dtype, torch.uint8):
         return True

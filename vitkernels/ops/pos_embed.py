@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import proxy_tensor
 
 from .. import _env, _select
-from .._recording import exporting
+from .._recording import exporting, fx_tracing
 from ..reference import pos_embed as reference
 from . import _check
 from ._register import register
@@ -201,20 +200,11 @@ def _why_not_built_for(arch: str) -> list[str]:
 
 def _records_a_program() -> bool:
     """Is this call recorded to be saved, and so to run where there may be no vitkernels?"""
-    return exporting() or _jit_tracing() or _fx_tracing()
+    return exporting() or _jit_tracing() or fx_tracing()
 
 
 def _jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
-def _fx_tracing() -> bool:
-    """Does ``make_fx`` record? Also for ``aot_module``, but not under ``torch.compile``, whose graphs stay in this process."""
-    # make_fx is a mode of one kind or of the other. Without any, which is quickly seen, nothing is asked.
-    watched = not torch.compiler.is_compiling() and (
-        torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-    )
-    return watched and proxy_tensor.get_proxy_mode() is not None
 
 
 def _why_not_traced(*sizes: Any) -> list[str]:

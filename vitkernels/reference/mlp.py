@@ -6,6 +6,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._recording import exporting
 from .linear import scriptable_linear
@@ -31,9 +32,10 @@ def mlp(
 ) -> Tensor:
     """Equations (1) and (2). See ``vitkernels.ops.mlp``."""
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    # torch.func takes derivatives of no function that says what to save, and what records a program has no place for it.
-    recorded = exporting() or torch.jit.is_tracing()
-    if recompute and torch.is_grad_enabled() and not recorded and torch._C._functorch.maybe_current_level() is None:
+    # Neither torch.func nor forward-mode takes derivatives of a function that says what to save, and no program has a place
+    # for it.
+    differentiated = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    if recompute and torch.is_grad_enabled() and not (exporting() or torch.jit.is_tracing() or differentiated):
         from torch.utils.checkpoint import checkpoint
 
         arguments = (x, parameters, eps, act, layer_scale, drop_path)
