@@ -307,6 +307,19 @@ def test_uint8_works_where_the_fallback_runs_and_float_images_mean_what_they_mea
         torch.testing.assert_close(fused(normalised(pixels)), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_uint8_pixels_stay_where_they_are_while_the_weight_is_offloaded():
+    """As accelerate does it: the weight is on meta, and hooks bring it for the convolution's own call."""
+    _, fused = with_statistics()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = fused(pixels)
+    proj = fused.patch_embed.proj
+    weight, away = proj.weight, nn.Parameter(proj.weight.to("meta"))
+    proj.weight = away
+    proj.register_forward_pre_hook(lambda module, args: setattr(module, "weight", weight))
+    proj.register_forward_hook(lambda module, args, output: setattr(module, "weight", away))
+    torch.testing.assert_close(fused(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_uint8_statistics_survive_a_change_of_dtype_and_are_in_no_state_dict():
     stock, fused = with_statistics()
     assert fused.state_dict().keys() == stock.state_dict().keys()

@@ -140,7 +140,11 @@ def patch_embed(
 def float_pixels(images: Tensor, statistics: Tensor, weight: Tensor) -> Tensor:
     """uint8 images normalised, in ``weight``'s dtype; others as they are."""
     mean, std = statistics_of(images, statistics)
-    return images if mean is None or std is None else normalise(images, mean, std).type_as(weight)
+    if mean is None or std is None:
+        return images
+    pixels = normalise(images, mean, std)
+    # A recorded type_as names no dtype; but it would move the pixels to where the weight lies, which is offloaded perhaps.
+    return pixels.type_as(weight) if weight.device == images.device else pixels.to(weight.dtype)
 
 
 def statistics_of(images: Tensor, statistics: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
