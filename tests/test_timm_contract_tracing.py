@@ -138,12 +138,16 @@ def test_torch_jit_trace_is_bitwise_timms_and_leaves_the_live_model_fused():
     assert_runs_fused(fused, stock, x)
 
 
+@pytest.mark.parametrize("arch", [None, "sm_90"])
+@pytest.mark.parametrize("recompute", [None, "mlp"])
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"class_token": False, "global_pool": "map"}])
-def test_torch_jit_trace_warns_as_often_as_of_timms(options, monkeypatch):
+def test_torch_jit_trace_warns_as_often_as_of_timms(options, recompute, arch, monkeypatch):
     monkeypatch.setattr("vitkernels.ops._availability.leaves_to_pytorch", LEAVES_TO_PYTORCH)
+    stock, fused = stock_and_fused(**options)
+    vitkernels.fuse(fused, recompute=recompute)
     counts = []
-    for model in stock_and_fused(**options):
-        with warnings.catch_warnings(record=True) as caught:
+    for model in (stock, fused):
+        with warnings.catch_warnings(record=True) as caught, _select.targeting(arch):
             warnings.simplefilter("always")
             torch.jit.trace(model, images(), check_trace=False)
         counts.append(sum(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught))

@@ -87,9 +87,10 @@ class FusedBlock(Block):
         if not isinstance(self, FusedBlock):  # this method outlives unfuse in a wrapper that has bound it, as accelerate's does
             return Block.forward(self, x, *args, **kwargs)
         # Where there is no kernel to win with, timm's own forward is as fast as timm: the guard alone costs ViT-Ti at batch 1
-        # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept.
+        # 2.5% of a CPU's time, in cache misses. A promise to save memory is kept, where there is a place for it.
         left = _availability.leaves_to_pytorch(_guard.example(self, x))
-        apart = (left and not (self._vk_recompute_mlp and isinstance(x, Tensor))) or _guard.acts(x, *args, *kwargs.values())
+        recomputes = self._vk_recompute_mlp and isinstance(x, Tensor) and not torch.jit.is_tracing()
+        apart = (left and not recomputes) or _guard.acts(x, *args, *kwargs.values())
         if apart or self.why_not():
             return super().forward(x, *args, **kwargs)
         # A graph of torch.fx, which traces with a proxy, runs on the parameters: it could not see that they changed.
