@@ -35,30 +35,25 @@ def lines():
     return [json.loads(line) for line in python(str(HERE / "stub_driver" / "launches.py")).splitlines()]
 
 
-@pytest.fixture
-def launches(lines):
-    """Of a room, by case; every case has run, and what reached the driver is what the recorder of launches counts."""
-
-    def launches(room):
-        found = [line for line in lines if line["room"] == room]
-        assert not [line for line in found if "error" in line]
-        assert not [line for line in found if line["launches"] != line["recorded"]]
-        return {line["case"]: line["launches"] for line in found}
-
-    return launches
+def launches(lines, room):
+    """By case; every case has run, and what reached the driver is what the recorder of launches counts."""
+    found = [line for line in lines if line["room"] == room]
+    assert not [line for line in found if "error" in line]
+    assert not [line for line in found if line["launches"] != line["recorded"]]
+    return {line["case"]: line["launches"] for line in found}
 
 
-def test_every_registered_operator_is_launched(launches):
+def test_every_registered_operator_is_launched(lines):
     counts = defaultdict(int)
-    for case, count in launches("operators").items():
+    for case, count in launches(lines, "operators").items():
         counts[case.partition(" ")[0]] += count
     assert set(counts) == set(_register.NAMES)
     not_of_triton = {name for name in counts if name.startswith("resample_pos_embed")}
     assert {name for name, count in counts.items() if count == 0} == not_of_triton
 
 
-def test_every_public_function_is_launched_forward_and_backward(launches):
-    found = launches("functions")
+def test_every_public_function_is_launched_forward_and_backward(lines):
+    found = launches(lines, "functions")
     assert found["layer_norm"] == 3  # forward; backward, and the sum of its partial gradients
     assert found["attention_qkv of many heads"] == 2  # forward; backward in one program a head
     assert found["attention_qkv"] == 3  # few heads: backward in two launches
@@ -66,8 +61,8 @@ def test_every_public_function_is_launched_forward_and_backward(launches):
     assert {case.partition(",")[0].split()[0] for case in found} >= {"add_layer_norm", "attention", "mlp", "patch_embed"}
 
 
-def test_fused_models_are_launched(launches):
-    found = launches("models")
+def test_fused_models_are_launched(lines):
+    found = launches(lines, "models")
     kinds = {case.partition(",")[0] for case in found}
     assert kinds == {"plain", "LayerScale", "inference", "uint8", "attention pooling", "NaFlex"}
     for plan in ("cublas", "triton"):

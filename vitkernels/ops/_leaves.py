@@ -13,6 +13,7 @@ a leaf ``mlp`` would pass for the output of ``blocks.0.mlp``.
 import torch
 from torch import Tensor
 
+from .._recording import cast
 from ..reference.attention import dense
 from ..reference.linear import Norm, scriptable_linear
 from ..reference.mlp import Parameters, scriptable_mlp
@@ -105,7 +106,7 @@ def residual_mlp(
 def ones(branch: Tensor, gamma: Tensor | None) -> Tensor:
     """(B, 1, 1) for a branch of (B, N, D), of the dtype that it has after LayerScale."""
     mask = branch.new_ones([branch.shape[0]] + [1] * (branch.dim() - 1))
-    return mask if gamma is None or gamma.dtype == branch.dtype else mask.to(torch.promote_types(branch.dtype, gamma.dtype))
+    return mask if gamma is None else cast(mask, torch.promote_types(branch.dtype, gamma.dtype))
 
 
 def patch_embed(

@@ -88,10 +88,10 @@ def _linear_bwd_reference(dy, z, act, layer_scale, drop_path, dtype, need_dz, ne
     if z is not None:
         z = z.to(compute)
         u, dz = activate(z, act), dz * _derivative(act, z)
-    nothing, rows = dy.new_empty(0), torch.contiguous_format
+    nothing, layout = dy.new_empty(0), torch.contiguous_format
     return (
-        dz.to(dtype, copy=True, memory_format=rows) if need_dz else nothing.to(dtype, copy=True),
-        u.to(dtype, copy=True, memory_format=rows) if need_u else nothing.to(dtype, copy=True),
+        dz.to(dtype, copy=True, memory_format=layout) if need_dz else nothing.to(dtype, copy=True),
+        u.to(dtype, copy=True, memory_format=layout) if need_u else nothing.to(dtype, copy=True),
         flat(dz).sum(0) if need_dbias else nothing.to(compute, copy=True),
         flat(g * u).sum(0) if need_dlayer_scale else nothing.to(compute, copy=True),
     )
