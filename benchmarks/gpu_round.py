@@ -127,7 +127,7 @@ def read_rows(path: Path) -> list[Row]:
     """Whole lines; the last may have been cut."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
@@ -182,7 +182,7 @@ class Results:
             self.steps[step["name"]] = step
             if step["state"] == "cut" and step["name"] != "versions":
                 lines = "".join(json.dumps(row) + "\n" for row in step["rows"])
-                rows_file(self.scratch, step["name"]).write_text(lines)
+                rows_file(self.scratch, step["name"]).write_text(lines, encoding="utf-8")
         (self.scratch / "tuned").mkdir(exist_ok=True)
         for name, content in tables.items():
             (self.scratch / "tuned" / name).write_bytes(content)

@@ -40,7 +40,7 @@ def load(paths: Iterable[Path]) -> list[Row]:
 
 
 def _of_benchmarks(path: Path) -> list[Row]:
-    return [benchmark["extra_info"] for benchmark in json.loads(path.read_text())["benchmarks"]]
+    return [benchmark["extra_info"] for benchmark in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
 
 
 def _of_a_round(path: Path) -> list[Row]:

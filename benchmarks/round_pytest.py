@@ -47,7 +47,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         row["wrong"] = str(report.longrepr if crash is None else crash.message).strip()[:1000]
-    with ROWS.open("a") as file:
+    with ROWS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -55,7 +55,7 @@ class Context:
         return self._known.issuperset(ids)
 
     def tell(self, id: str, **row: Any) -> None:
-        with self._rows.open("a") as file:
+        with self._rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"id": id, **row}) + "\n")
 
     def workloads(self, *names: str) -> list[Any]:

@@ -687,7 +687,7 @@ def test_standard_output_may_be_closed_or_no_file(monkeypatch, stream, options):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system without /dev/full")
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
 def test_a_full_disk_is_one_line(monkeypatch, capsys, options):
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr("sys.stdout", full)
         assert main(["info", *options]) == 1
     assert capsys.readouterr().err == "vitkernels: error: cannot write standard output: No space left on device\n"

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +231,33 @@ def test_a_table_that_is_not_whole_is_ignored_with_one_line(folder, caplog, cont
         assert looked_up_again("k") is None
         assert not _tuned.any_gemm(H100, "k", bf16, 1, 1)
     assert len(caplog.records) == 1
+
+
+ASCII_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+READ_AND_WRITTEN_AGAIN = """
+import locale, sys
+from pathlib import Path
+from vitkernels.cli import _compiled
+from vitkernels.kernels import _tuned
+assert locale.getpreferredencoding(False) != "UTF-8"
+tuned, compiled = map(Path, sys.argv[1:])
+assert _tuned.read(tuned)["linear"]["k"]["note"] == "12 \\u00b5s"
+_tuned.write(tuned, "linear", "new", {"plan": "cublas"})
+_compiled.write(compiled, _compiled.read(compiled))
+"""
+
+
+def test_tables_are_utf8_in_every_locale(tmp_path):
+    """An editor may have saved them as such: json's own escapes would be the same in every encoding."""
+    tuned, compiled = tmp_path / "gpu.json", tmp_path / "compiled.json"
+    written = {"format": _tuned.FORMAT, "linear": {"k": {**CUBLAS, "note": "12 \u00b5s"}}}
+    tuned.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
+    compiled.write_text(json.dumps({"k": {"\u00b5": {}}}, ensure_ascii=False), encoding="utf-8")
+    command = [sys.executable, "-c", READ_AND_WRITTEN_AGAIN, str(tuned), str(compiled)]
+    done = subprocess.run(command, env={**os.environ, **ASCII_LOCALE}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(tuned.read_text())["linear"] == {**written["linear"], "new": CUBLAS}
+    assert json.loads(compiled.read_text()) == {"k": {"\u00b5": {}}}
 
 
 def test_a_package_in_a_zip_has_no_table_and_says_nothing(tmp_path, caplog):

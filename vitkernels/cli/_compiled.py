@@ -35,7 +35,7 @@ def read(path: Path) -> Table:
     """
     if not path.exists():
         return {}
-    table = json.loads(path.read_text())
+    table = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ValueError("it is no table of launches")
     return table
@@ -64,4 +64,4 @@ def write(path: Path, table: Table) -> None:
         OSError: the file cannot be written.
     """
     lines = (f"  {json.dumps(name)}: {json.dumps(dict(sorted(entry.items())))}" for name, entry in sorted(table.items()))
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

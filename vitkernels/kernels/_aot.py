@@ -274,12 +274,12 @@ def _cached(kernel: Any, arch: int) -> dict[str, Any]:
     key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     path = Path(knobs.cache.dir) / "vitkernels-inspect" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     found = _read_binary(kernel, arch)
     with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{key}.{os.getpid()}")
-        unfinished.write_text(json.dumps(found))
+        unfinished.write_text(json.dumps(found), encoding="utf-8")
         unfinished.replace(path)
     return found
 
@@ -331,7 +331,7 @@ def _spills(kernel: Any, arch: int, folder: Path) -> tuple[int, int]:
     """Bytes of spill stores and loads: only ptxas, asked again with Triton's own flags, tells them from other stack use."""
     meta = kernel.metadata
     ptx = folder / "kernel.ptx"
-    ptx.write_text(kernel.asm["ptx"])
+    ptx.write_text(kernel.asm["ptx"], encoding="utf-8")
     flags = [] if meta.enable_fp_fusion else ["--fmad=false"]
     workaround = "--regAllocOptLevel=2"  # which Triton 3.9 passes and 3.6 does not
     flags += [workaround] if workaround in Path(nvidia.__file__).read_text(encoding="utf-8") else []

@@ -113,7 +113,7 @@ def _go_without(why: str) -> None:
 def read(path: Path) -> dict[str, Any]:
     """A table file; empty if there is none or, with a warning, if it is not one of this format."""
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):  # the latter where the package is imported from a zip
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def write(path: Path, stem: str, key: str, entry: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(table, indent=1) + "\n")
+        unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
