@@ -1,6 +1,7 @@
 """What tests share: the error budget, hostile inputs, poisoned memory."""
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,14 @@ def timm_since(version: str, what: str) -> pytest.MarkDecorator:
     """Skip a test of something that timm has since ``version`` (we support it from 1.0.26 on)."""
     mine, wanted = (tuple(int(part) for part in v.split(".")[:3]) for v in (metadata.version("timm"), version))
     return pytest.mark.skipif(mine < wanted, reason=f"timm {version} brought {what}")
+
+
+@functools.cache
+def seconds_to_import_torch() -> float:
+    """Of the processor: 1 to 4, the measure of how fast this machine is. Others on the machine cannot take from it."""
+    script = "import time; start = time.process_time(); import torch; print(time.process_time() - start)"
+    # The first may find cold caches.
+    return min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(2))
 
 
 @contextlib.contextmanager

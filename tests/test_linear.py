@@ -18,7 +18,7 @@ from helpers import (
     outputs_and_gradients,
     slow_on_gpu,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import GELU, GELUTanh, LayerScale, QuickGELU
 from torch import nn
@@ -130,6 +130,7 @@ def test_everything_with_everything_is_within_budget(scale, drop, residual, act,
     variant=st.sampled_from(list(VARIANTS)),
 )
 def test_random_shapes_are_within_budget(rows, N, K, dtype, act, variant):
+    assume(N * K >= 64)  # of a weight of a few elements eager's error is luck
     check(variant, (1, rows), N, K, dtype, act)
 
 

@@ -281,7 +281,7 @@ def test_photographs_as_uint8_give_the_logits_of_timms_transforms(name, stem_ker
     stock = timm.create_model(name, depth=1, embed_dim=64, num_heads=1, num_classes=10).eval()
     config = resolve_data_config(stock.pretrained_cfg)
     to_float, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
-    photos = photographs((320, 240))
+    photos = [photo.rotate(degrees) for photo in photographs((320, 240)) for degrees in (0, 90)]
     floats, pixels = (torch.stack([transform(photo) for photo in photos]) for transform in (to_float, to_pixels))
     assert pixels.dtype == torch.uint8
     fused = vk.fuse(copy.deepcopy(stock), input="uint8")
