@@ -75,12 +75,11 @@ def written(path, **steps):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is dry is the GPU")
 def test_a_dry_run_takes_every_step_and_leaves_one_archive(tmp_path):
-    """It has the time in which torch is imported 100 times: two minutes on a machine where once takes 1.2 s."""
-    before = sum(os.times()[2:4])  # of the processor, for children that have ended
+    """It has two minutes on a machine that imports torch in 1.2 s; here, beside another test, twice as long."""
+    limit = 200 * seconds_to_import_torch()
     done = started(tmp_path, "--out", tmp_path / "out")
-    output, _ = done.communicate(timeout=600)
+    output, _ = done.communicate(timeout=limit)
     assert done.returncode == 0, output
-    assert sum(os.times()[2:4]) - before < 100 * seconds_to_import_torch()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["round.tar"]
     found = contents(tmp_path / "out" / "round.tar")
     assert sorted(found) == ["round.json", "round.log", "tuned/nvidia_h100_80gb_hbm3.json"]

@@ -76,7 +76,7 @@ def test_logits_and_gradients_are_timms(kind, stem_kernel):
     stock, fused = models(**kind)
     assert type(fused) is FusedVisionTransformer
     assert fused.why_not_merged() == []
-    x = images(stock, batch=8)  # of 10 logits alone the error is luck: one set of vector instructions rounds them another way
+    x = images(stock, batch=8)  # of two images' 10 logits eager's error is luck, another on each kind of CPU
     oracle = copy.deepcopy(stock).double()
     results = {}
     for name, model, pixels in (("eager", stock, x), ("kernel", fused, x), ("oracle", oracle, x.double())):

@@ -248,7 +248,7 @@ _compiled.write(compiled, _compiled.read(compiled))
 
 
 def test_tables_are_utf8_in_every_locale(tmp_path):
-    """An editor may have saved them as such: json's own escapes would be the same in every encoding."""
+    """Ours are ASCII, by json's escapes; an editor may have saved one without."""
     tuned, compiled = tmp_path / "gpu.json", tmp_path / "compiled.json"
     written = {"format": _tuned.FORMAT, "linear": {"k": {**CUBLAS, "note": "12 \u00b5s"}}}
     tuned.write_text(json.dumps(written, ensure_ascii=False), encoding="utf-8")
